@@ -1,0 +1,19 @@
+"""Running sums mod 10: warm-up, then RL with OCC.
+
+    python -m experiments.train --config=configs/quickstart.py --workdir=DIR
+"""
+
+from mtp_rl import config as config_lib
+
+
+def get_config(presets='dapo'):
+  """Return the config; `presets` is the text after the colon of --config."""
+  config = config_lib.Config()
+  config.model = config_lib.Model(d_model=64, n_layers=2, n_heads=4,
+                                  n_kv_heads=2, d_ff=192)
+  config.task = config_lib.Task(name='arithmetic', min_terms=4, max_terms=6)
+  config.rollout = config_lib.Rollout(max_prompt=8, max_response=8)
+  config.warmup = config_lib.Warmup(steps=600, batch=128, lr=2e-3)
+  config.rl = config_lib.RL(steps=200, prompts=32, group=8, minibatches=4,
+                            lr=1e-3)
+  return config_lib.preset(config, presets)

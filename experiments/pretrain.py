@@ -1,0 +1,23 @@
+"""The supervised warm-up alone: next-token and MTP cross-entropy.
+
+    python -m experiments.pretrain --config=configs/quickstart.py --workdir=DIR
+
+Other runs start from it with --config.warmup.init=DIR (so that regimes can be
+compared from one checkpoint); the same command resumes.
+"""
+
+from experiments import launch
+
+CONFIG = launch.define_config()
+
+
+def main():
+  """Run the warm-up, and print where it is."""
+  from mtp_rl import trainer  # after the flags: a typo must not wait for it
+  done = trainer.pretrain(CONFIG.value, launch.WORKDIR.value)
+  print(f'{"complete" if done else "interrupted; the same command resumes"}: '
+        f'{launch.WORKDIR.value}/checkpoints/warmup')
+
+
+if __name__ == '__main__':
+  launch.run(main)

@@ -1,0 +1,30 @@
+"""Warm-up, RLVR with MTP, evaluation, figures: one run.
+
+    python -m experiments.train --config=configs/quickstart.py --workdir=DIR
+
+Any field can be overridden (--config.mtp.regime=detach --config.seed=1), and
+objective presets follow the config's name after a colon
+(--config=configs/quickstart.py:gspo,paper). The same command resumes.
+"""
+
+from experiments import launch
+
+CONFIG = launch.define_config()
+
+
+def main():
+  """Run, and print where the results are."""
+  from mtp_rl import trainer  # after the flags: a typo must not wait for it
+  workdir = launch.WORKDIR.value
+  summary = trainer.train(CONFIG.value, workdir)
+  for name, value in summary['last'].items():
+    before = summary['after_warmup'].get(name, float('nan'))
+    print(f'{name}: {before:.3f} after the warm-up -> {value:.3f}')
+  print(f'{summary["status"]} at step {summary["step"]} of {summary["steps"]}; '
+        f'see {workdir}/figures, metrics.jsonl and summary.json')
+  if summary['status'] != 'complete':
+    print('the same command resumes')
+
+
+if __name__ == '__main__':
+  launch.run(main)

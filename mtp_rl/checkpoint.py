@@ -1,0 +1,117 @@
+"""Saving and restoring a TrainState with orbax."""
+
+import os
+import shutil
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from mtp_rl import config as config_lib
+
+_FORMAT = 'mtp_rl TrainState 1'
+
+
+class Checkpoints:
+  """The checkpoints of one phase of a run, one directory a step."""
+
+  def __init__(self, directory, keep):
+    """Open (and create) the directory.
+
+    Args:
+      directory: path.
+      keep: how many of the latest are kept.
+    """
+    self._directory = os.path.abspath(directory)
+    os.makedirs(self._directory, exist_ok=True)
+    self._inner = ocp.training.Checkpointer(
+        self._directory,
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep))
+
+  def latest(self):
+    """Return the latest step, or None."""
+    latest = self._inner.latest
+    return None if latest is None else latest.step
+
+  def save(self, step, state):
+    """Save unless this step is there; returns when it is on disk."""
+    if step != self.latest():
+      self._inner.save(step, state._asdict(), force=True,
+                       custom_metadata={'format': _FORMAT})
+
+  def restore(self, abstract, step=None, params_only=False):
+    """Return the state of a step (None: the latest), in its shards.
+
+    Args:
+      abstract: TrainState of ShapeDtypeStructs with shardings.
+      step: int or None.
+      params_only: read the parameters alone and return them, whatever
+        optimiser wrote the rest.
+
+    Raises:
+      config.ConfigError: there is none, it is damaged, or it belongs to
+        another model or optimiser.
+    """
+    if self.latest() is None:
+      raise config_lib.ConfigError(
+          f'{self._directory} holds no checkpoint; name the workdir of a run')
+    step = self.latest() if step is None else step
+    where = os.path.join(self._directory, str(step))
+    try:
+      metadata = self._inner.metadata(step)
+      if (metadata.custom_metadata or {}).get('format') != _FORMAT:
+        raise ValueError('it is not one of this project')
+      _compare(metadata.metadata, abstract)
+      wanted = abstract._asdict()
+      if params_only:
+        wanted = jax.tree.map(lambda _: ocp.PLACEHOLDER, metadata.metadata)
+        wanted['params'] = abstract.params
+      restored = self._inner.load(step, wanted)
+    except Exception as e:  # orbax raises many kinds for a damaged file
+      first = str(e).strip().split('\n')[0][:300]
+      raise config_lib.ConfigError(
+          f'checkpoint {where} cannot be restored ({type(e).__name__}: '
+          f'{first}); it is damaged or of another config: remove that folder '
+          'to go on from an older one, or choose another workdir') from e
+    return restored['params'] if params_only else type(abstract)(**restored)
+
+  def close(self):
+    """Wait for pending work."""
+    self._inner.close()
+
+
+def _leaves(tree):
+  paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {'/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(
+      k, 'idx', k)))) for k in path): tuple(leaf.shape)
+          for path, leaf in paths}
+
+
+def _compare(saved, abstract):
+  """Raise ValueError naming a parameter whose shape differs."""
+  have, want = _leaves(saved['params']), _leaves(abstract.params)
+  for name in sorted(have.keys() | want.keys()):
+    if have.get(name) != want.get(name):
+      raise ValueError(f'parameter {name} has shape {have.get(name)} there, '
+                       f'but the config makes it {want.get(name)}')
+
+
+def prepare_workdir(workdir):
+  """Create a workdir and make sure that it can be written.
+
+  Raises:
+    config.ConfigError: it cannot be created or written.
+  """
+  try:
+    os.makedirs(os.path.join(workdir, 'figures'), exist_ok=True)
+    probe = os.path.join(workdir, '.writable')
+    with open(probe, 'w', encoding='utf-8') as f:
+      f.write('')
+    os.remove(probe)
+    free = shutil.disk_usage(workdir).free
+  except OSError as e:
+    raise config_lib.ConfigError(
+        f'workdir {workdir} cannot be written ({e.strerror}); choose another '
+        '--workdir') from e
+  if free < 100 * 2 ** 20:
+    raise config_lib.ConfigError(
+        f'workdir {workdir} has {free >> 20} MiB of disk left; free some space')

@@ -1,0 +1,399 @@
+"""Every setting of a run, typed, with the one function that rejects nonsense.
+
+A file in configs/ returns `Config` from `get_config()`; flags override any
+field (`--config.rl.lr=3e-4`). A field that does not exist is refused by the
+flag parser, a combination that cannot work by `validate`.
+"""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from mtp_rl import masked
+
+REGIMES = ('rl_only', 'detach', 'ce', 'policy', 'occ', 'occ_authors')
+ESTIMATORS = ('logprob', 'curvature')
+CHOICES = {
+    'model.remat': ('none', 'dots', 'block'),
+    'model.dtype': ('float32', 'bfloat16'),
+    'mtp.regime': REGIMES,
+    'mtp.reference': ('main_old', 'mtp_old'),
+    'mtp.head_loss': ('ce', 'policy', 'joint'),
+    'mtp.concat': ('h_emb', 'emb_h'),
+    'mtp.hidden': ('post_norm', 'pre_norm'),
+    'occ.estimator': ESTIMATORS,
+    'occ.heads': ('joint', 'per_head'),
+    'rl.advantage': ('grpo', 'dr_grpo', 'rloo'),
+    'rl.loss': ('ppo', 'gspo', 'cispo'),
+    'rl.aggregation': masked.AGGREGATIONS,
+    'rl.kl_kind': ('k1', 'k2', 'k3'),
+    'optim.clip_mode': ('separate', 'joint'),
+    'optim.schedule': ('constant', 'cosine', 'linear'),
+    'task.name': ('arithmetic', 'reasoning_gym'),
+}
+
+
+class ConfigError(ValueError):
+  """A setting that cannot work; the message names it and the mend."""
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Model:
+  """The decoder."""
+  d_model: int = 64
+  n_layers: int = 2
+  n_heads: int = 4
+  n_kv_heads: int = 4
+  head_dim: int = 0  # 0: d_model / n_heads
+  d_ff: int = 256
+  rope_theta: float = 10000.
+  norm_eps: float = 1e-6
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  tie_embeddings: bool = True
+  dtype: str = 'float32'  # of the computation; parameters stay float32
+  remat: str = 'dots'  # kept for the backward pass: all but 'none' recompute
+  head_chunk: int = 0  # columns per slice of the output head; 0: all at once
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class MTP:
+  """The MTP modules and how they meet the RL objective."""
+  heads: int = 1  # K
+  regime: str = 'occ'
+  coef: float = 0.1  # the fixed lambda of 'ce' and 'policy' (split over heads)
+  reference: str = 'main_old'  # delta_MTP = log pi_MTP - log pi_<reference>
+  head_loss: str = 'ce'  # psi's own loss; 'joint': lambda * the loss of theta
+  head_coef: float = 1.  # psi's own coefficient (unused by 'joint')
+  concat: str = 'h_emb'  # or 'emb_h'
+  hidden: str = 'post_norm'  # trunk state that depth 1 receives
+  detach_hidden: bool = False
+  detach_embedding: bool = False
+  detach_head: bool = False
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class OCC:
+  """Optimal coefficient calibration (PAPER equations in occ.py)."""
+  estimator: str = 'logprob'
+  lambda_plus: float = 1.
+  eps: float = 1e-8
+  lambda_min: float = -1.
+  lambda_max: float = 1.
+  ema: float = 0.  # decay of the moving average of lambda; 0: none
+  heads: str = 'joint'  # K > 1: G^-1 c, or 'per_head': c_k / v_k^2
+  eta: float = 0.  # step size in the curvature form; 0: the learning rate
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class RL:
+  """The RL objective and the shape of a step."""
+  steps: int = 100
+  prompts: int = 16  # P
+  group: int = 8  # G
+  minibatches: int = 4
+  microbatches: int = 1  # > 1: recompute each one in the backward pass
+  lr: float = 1e-3
+  advantage: str = 'grpo'
+  loss: str = 'ppo'
+  clip_low: float = 0.2
+  clip_high: float = 0.28
+  dual_clip: float = 10.  # bound c of the loss where A < 0; 0: off
+  aggregation: str = 'token-mean'
+  kl_coef: float = 0.
+  kl_kind: str = 'k3'
+  entropy_coef: float = 0.
+  tis_cap: float = 0.  # cap of the sampler-trainer importance weight; 0: off
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Optim:
+  """AdamW, its schedule and clipping (RL and warm-up)."""
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip: float = 1.  # global norm; 0: off
+  clip_mode: str = 'separate'  # theta and psi apart, or one 'joint' norm
+  schedule: str = 'constant'
+  warmup: int = 0  # updates of linear learning-rate warm-up
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Warmup:
+  """Supervised training before RL: next-token and MTP cross-entropy."""
+  steps: int = 0
+  batch: int = 128
+  lr: float = 2e-3
+  mtp_coef: float = 1.
+  init: str = ''  # workdir of experiments.pretrain to start from instead
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Rollout:
+  """Sampling; lengths in tokens."""
+  max_prompt: int = 32
+  max_response: int = 32
+  temperature: float = 1.
+  top_k: int = 0  # 0: off
+  top_p: float = 1.
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Task:
+  """What is asked; each task reads its own fields."""
+  name: str = 'arithmetic'
+  held_out: int = 256  # problems set apart for evaluation
+  min_terms: int = 4  # arithmetic
+  max_terms: int = 6
+  noisy_facts: int = 40  # of the 100 (running sum, digit) facts
+  noise: float = 0.6  # chance that a noisy fact is written wrong
+  dataset: str = ''  # reasoning_gym
+  options: str = '{}'  # reasoning_gym: JSON object of the data set's settings
+  size: int = 4000  # reasoning_gym: questions drawn before the split
+  timeout_s: float = 5.  # reasoning_gym: clock of one batch of answers
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Eval:
+  """Evaluation during training."""
+  every: int = 25
+  samples: int = 4  # k of avg@k, pass@k, maj@k
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Mesh:
+  """Devices: batch over data x fsdp, parameters over fsdp x model."""
+  data: int = 1
+  fsdp: int = 1
+  model: int = 1
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Run:
+  """Bookkeeping."""
+  checkpoint_every: int = 50
+  keep: int = 2
+  progress: bool = True
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Config:
+  """One run."""
+  seed: int = 0
+  model: Model = dataclasses.field(default_factory=Model)
+  mtp: MTP = dataclasses.field(default_factory=MTP)
+  occ: OCC = dataclasses.field(default_factory=OCC)
+  rl: RL = dataclasses.field(default_factory=RL)
+  optim: Optim = dataclasses.field(default_factory=Optim)
+  warmup: Warmup = dataclasses.field(default_factory=Warmup)
+  rollout: Rollout = dataclasses.field(default_factory=Rollout)
+  task: Task = dataclasses.field(default_factory=Task)
+  eval: Eval = dataclasses.field(default_factory=Eval)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  run: Run = dataclasses.field(default_factory=Run)
+
+
+_RL_PRESETS = {
+    'grpo': dict(advantage='grpo', loss='ppo', clip_low=.2, clip_high=.2,
+                 dual_clip=3., aggregation='seq-mean-token-mean',
+                 kl_coef=1e-3, kl_kind='k3'),
+    'dapo': dict(advantage='grpo', loss='ppo', clip_low=.2, clip_high=.28,
+                 dual_clip=10., aggregation='token-mean', kl_coef=0.),
+    'gspo': dict(advantage='grpo', loss='gspo', clip_low=3e-4, clip_high=4e-4,
+                 dual_clip=0., aggregation='seq-mean-token-mean', kl_coef=0.),
+    'dr_grpo': dict(advantage='dr_grpo', loss='ppo', clip_low=.2, clip_high=.2,
+                    dual_clip=0., aggregation='seq-mean-token-sum-norm',
+                    kl_coef=0.),
+    'cispo': dict(advantage='grpo', loss='cispo', clip_low=1., clip_high=4.,
+                  dual_clip=0., aggregation='token-mean', kl_coef=0.),
+}
+PRESETS = tuple(_RL_PRESETS) + ('paper',)
+
+
+def preset(config, names):
+  """Set the fields of the named presets on config and return it.
+
+  'grpo', 'dapo', 'gspo', 'dr_grpo', 'cispo' set the RL objective; 'paper' sets
+  the plain L_RL + lambda L_MTP, under one joint clip, lambda unbounded.
+
+  Args:
+    config: a `Config`, changed in place.
+    names: comma-separated names, '' for none (the text after the colon in
+      --config=configs/quickstart.py:gspo,paper).
+
+  Returns:
+    config.
+
+  Raises:
+    ConfigError: a name is unknown.
+  """
+  for name in filter(None, (names or '').split(',')):
+    if name in _RL_PRESETS:
+      config.rl = dataclasses.replace(config.rl, **_RL_PRESETS[name])
+    elif name == 'paper':
+      config.mtp.head_loss = 'joint'
+      config.optim.clip_mode = 'joint'
+      config.occ.lambda_min, config.occ.lambda_max = -math.inf, math.inf
+    else:
+      raise ConfigError(f'preset {name!r} is unknown; choose from '
+                        f'{", ".join(PRESETS)}')
+  return config
+
+
+def to_dict(config):
+  """Return config as nested plain dicts (JSON-ready)."""
+  return dataclasses.asdict(config)
+
+
+def from_dict(values):
+  """Return the `Config` that `to_dict` wrote.
+
+  Raises:
+    ConfigError: a section or field does not exist in this version.
+  """
+  out = Config()
+  for name, value in values.items():
+    if not hasattr(out, name):
+      raise ConfigError(f'config section {name!r} does not exist')
+    if isinstance(value, dict):
+      try:
+        value = type(getattr(out, name))(**value)
+      except TypeError as e:
+        raise ConfigError(f'config section {name!r}: {e}') from e
+    setattr(out, name, value)
+  return out
+
+
+def load(path):
+  """Read the config.json of a workdir; raises ConfigError with the mend."""
+  try:
+    with open(path, encoding='utf-8') as f:
+      return from_dict(json.load(f))
+  except FileNotFoundError:
+    raise ConfigError(f'{path} does not exist; name the workdir of a run of '
+                      'experiments.train or experiments.pretrain') from None
+  except (json.JSONDecodeError, AttributeError) as e:
+    raise ConfigError(f'{path} is not a config written by this project: '
+                      f'{e}') from e
+
+
+def differences(a, b):
+  """Return the dotted names of the fields in which two configs differ."""
+  out = []
+  for section, values in to_dict(a).items():
+    other = getattr(b, section)
+    if not isinstance(values, dict):
+      out += [section] if values != other else []
+      continue
+    out += [f'{section}.{k}' for k, v in values.items()
+            if v != getattr(other, k)]
+  return out
+
+
+def _need(condition, message):
+  if not condition:
+    raise ConfigError(message)
+
+
+def _validate_mtp(config):
+  m, o = config.mtp, config.occ
+  _need(m.regime == 'rl_only' or m.heads >= 1,
+        f'mtp.regime={m.regime} needs an MTP head, but mtp.heads=0; set '
+        'mtp.heads=1 or mtp.regime=rl_only')
+  _need(m.regime != 'occ_authors' or m.heads == 1,
+        f'mtp.regime=occ_authors is defined for one head, but mtp.heads='
+        f'{m.heads}; set mtp.heads=1 or mtp.regime=occ')
+  _need(m.regime == 'occ' or o.estimator == 'logprob',
+        f'occ.estimator={o.estimator} is read by mtp.regime=occ only, but '
+        f'mtp.regime={m.regime}; set one of the two')
+  _need(m.head_loss != 'policy' or m.regime not in ('rl_only', 'detach', 'ce'),
+        f'mtp.regime={m.regime} trains the head by cross-entropy; set '
+        'mtp.head_loss=ce')
+  _need(o.lambda_min <= o.lambda_max,
+        f'occ.lambda_min={o.lambda_min} exceeds occ.lambda_max={o.lambda_max}')
+  _need(o.eps > 0, f'occ.eps={o.eps} must be positive')
+  _need(o.eta >= 0, f'occ.eta={o.eta} must not be negative; 0 takes the '
+        'learning rate')
+  _need(0 <= o.ema < 1, f'occ.ema={o.ema} must lie in [0, 1)')
+
+
+def _validate_batch(config):
+  r, mesh = config.rl, config.mesh
+  _need(r.prompts % r.minibatches == 0,
+        f'rl.prompts={r.prompts} does not split into rl.minibatches='
+        f'{r.minibatches}; make it a multiple')
+  rows = r.prompts // r.minibatches * r.group
+  _need(rows % r.microbatches == 0,
+        f'a minibatch of {rows} rows does not split into rl.microbatches='
+        f'{r.microbatches}; make it a divisor')
+  devices = mesh.data * mesh.fsdp
+  _need(rows // r.microbatches % devices == 0,
+        f'a microbatch of {rows // r.microbatches} rows does not divide over '
+        f'the mesh (mesh.data * mesh.fsdp = {devices}); change rl.prompts, '
+        'rl.group, rl.minibatches, rl.microbatches or the mesh')
+  _need(r.prompts % devices == 0,
+        f'rl.prompts={r.prompts} does not divide over the mesh (mesh.data * '
+        f'mesh.fsdp = {devices})')
+  _need(config.warmup.batch % devices == 0,
+        f'warmup.batch={config.warmup.batch} does not divide over the mesh '
+        f'(mesh.data * mesh.fsdp = {devices})')
+  _need(r.advantage != 'rloo' or r.group > 1,
+        'rl.advantage=rloo leaves one sample out of its group, but '
+        'rl.group=1; set rl.group >= 2')
+  _need(r.loss != 'gspo' or not r.dual_clip,
+        f'rl.loss=gspo has no dual clip, but rl.dual_clip={r.dual_clip}; set '
+        'rl.dual_clip=0')
+
+
+def validate(config):
+  """Reject settings that cannot work.
+
+  Raises:
+    ConfigError: one sentence that names the setting and the mend.
+  """
+  for name, choices in CHOICES.items():
+    section, field = name.split('.')
+    value = getattr(getattr(config, section), field)
+    _need(value in choices, f'{name}={value!r} is none of '
+          f'{", ".join(choices)}')
+  positive = {
+      'model': ('d_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_ff',
+                'rope_theta', 'norm_eps'),
+      'rl': ('prompts', 'group', 'minibatches', 'microbatches', 'lr'),
+      'warmup': ('batch', 'lr'), 'rollout': ('max_prompt', 'max_response'),
+      'eval': ('every', 'samples'), 'mesh': ('data', 'fsdp', 'model'),
+      'run': ('checkpoint_every', 'keep'), 'task': ('held_out', 'timeout_s'),
+  }
+  natural = {
+      'model': ('head_dim', 'head_chunk'), 'mtp': ('heads', 'coef', 'head_coef'),
+      'rl': ('steps', 'clip_low', 'clip_high', 'dual_clip', 'kl_coef',
+             'tis_cap'),
+      'optim': ('weight_decay', 'clip', 'warmup'),
+      'warmup': ('steps', 'mtp_coef'), 'rollout': ('temperature', 'top_k'),
+      'task': ('noisy_facts', 'noise'),
+  }
+  for low, table in ((1e-300, positive), (0, natural)):
+    for section, fields in table.items():
+      for field in fields:
+        value = getattr(getattr(config, section), field)
+        _need(value >= low, f'{section}.{field}={value} must '
+              f'{"be positive" if low else "not be negative"}')
+  m = config.model
+  _need(m.n_heads % m.n_kv_heads == 0,
+        f'model.n_heads={m.n_heads} is no multiple of model.n_kv_heads='
+        f'{m.n_kv_heads}')
+  _need(m.head_dim or m.d_model % m.n_heads == 0,
+        f'model.d_model={m.d_model} is no multiple of model.n_heads='
+        f'{m.n_heads}; set model.head_dim')
+  channels = m.head_dim or m.d_model // m.n_heads
+  _need(channels % 2 == 0, f'a head of {channels} channels cannot be rotated; '
+        'model.head_dim must be even')
+  _need(0 < config.rollout.top_p <= 1,
+        f'rollout.top_p={config.rollout.top_p} must lie in (0, 1]')
+  _need(config.rollout.temperature > 0,
+        'rollout.temperature=0 leaves a group of equal samples to learn from; '
+        'set it above 0 (evaluation is greedy by itself)')
+  _validate_mtp(config)
+  _validate_batch(config)

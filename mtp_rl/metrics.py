@@ -1,0 +1,85 @@
+"""Metrics to JSONL and TensorBoard; one JSON object a line, with 'step'."""
+
+import json
+import math
+import os
+
+import numpy as np
+import tensorboardX
+
+# What differs between two runs of the same arithmetic.
+VOLATILE = ('timing_s/', 'rollout/tokens_per_s')
+
+
+def read(path):
+  """Return the rows of a JSONL file; [] where there is none.
+
+  A last line that a kill cut short is left out.
+  """
+  rows = []
+  if os.path.exists(path):
+    with open(path, encoding='utf-8') as f:
+      for line in f:
+        try:
+          rows.append(json.loads(line))
+        except json.JSONDecodeError:
+          break
+  return rows
+
+
+def plain(values):
+  """Return a dict of Python numbers; NaN and infinities become None."""
+  out = {}
+  for name, value in values.items():
+    value = np.asarray(value).item()
+    finite = not isinstance(value, float) or math.isfinite(value)
+    out[name] = value if finite else None
+  return out
+
+
+def keep_until(path, step):
+  """Drop the rows of a JSONL file after a step; None drops all of them."""
+  kept = [r for r in read(path) if step is not None and r['step'] <= step]
+  with open(path + '.part', 'w', encoding='utf-8') as f:
+    f.writelines(json.dumps(r) + '\n' for r in kept)
+  os.replace(path + '.part', path)
+
+
+class Writer:
+  """Appends rows; on resume, first drops the rows after the restored step."""
+
+  def __init__(self, path, events_dir, resume_step):
+    """Open the files.
+
+    Args:
+      path: the JSONL file.
+      events_dir: directory of the TensorBoard events.
+      resume_step: rows with a larger step are dropped; None drops all.
+    """
+    keep_until(path, resume_step)
+    self._file = open(path, 'a', encoding='utf-8')
+    purge = None if resume_step is None else resume_step + 1
+    self._events = tensorboardX.SummaryWriter(events_dir, purge_step=purge)
+
+  def write(self, step, values):
+    """Write one row."""
+    row = {'step': int(step), **plain(values)}
+    self._file.write(json.dumps(row) + '\n')
+    self._file.flush()
+    for name, value in row.items():
+      if name != 'step' and value is not None:
+        self._events.add_scalar(name, value, int(step))
+    return row
+
+  def close(self):
+    """Flush and close both files."""
+    self._file.close()
+    self._events.close()
+
+
+def write_json(path, values):
+  """Write a JSON file in one move, so that a kill leaves the old or the new."""
+  with open(path + '.part', 'w', encoding='utf-8') as f:
+    json.dump(values, f, indent=2)
+    f.write('\n')
+  os.replace(path + '.part', path)

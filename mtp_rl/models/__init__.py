@@ -1,0 +1,1 @@
+"""The decoder and its multi-token prediction modules (Flax Linen)."""

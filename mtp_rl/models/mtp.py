@@ -1,0 +1,122 @@
+"""Multi-token prediction modules and the decoder that carries them.
+
+Depth k = 1..K at position i joins what the depth below knows of position i
+with the embedding of token i+k, and predicts token i+k+1:
+
+    u   = W [norm(h^{k-1}_i) ; norm(Emb(x_{i+k}))]
+    h^k = norm_k(Block_k(u)),    logits = head(h^k_i)
+
+h^0 is the trunk's output after its final norm (or before it: `mtp.hidden`).
+Embedding and output head are the trunk's own. Following DeepSeek-V3; the
+order of the concat differs between published models (`mtp.concat`).
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtp_rl.models import transformer
+
+
+class Module(nn.Module):
+  """One MTP module: two norms, a projection, a block and a final norm."""
+  model: object  # config.Model
+  concat: str
+
+  @nn.compact
+  def __call__(self, hidden, embedding, angles, mask):
+    m = self.model
+    h = transformer.RMSNorm(m.norm_eps, name='hidden_norm')(hidden)
+    e = transformer.RMSNorm(m.norm_eps, name='embedding_norm')(embedding)
+    pair = (h, e) if self.concat == 'h_emb' else (e, h)
+    u = transformer.Linear(m.d_model, dtype=jnp.dtype(m.dtype), name='proj')(
+        jnp.concatenate(pair, -1))
+    (x, _), _ = transformer.Block(m, name='block')((u, None), 0, angles, mask, 0)
+    return transformer.RMSNorm(m.norm_eps, name='final_norm')(x)
+
+
+class Modules(nn.Module):
+  """K modules, one upon the other; parameters 'depth_1' .. 'depth_K'."""
+  model: object  # config.Model
+  mtp: object  # config.MTP
+
+  @nn.compact
+  def __call__(self, hidden, embeddings, angles, mask):
+    if self.mtp.detach_hidden:
+      hidden = jax.lax.stop_gradient(hidden)
+    if self.mtp.detach_embedding:
+      embeddings = jax.lax.stop_gradient(embeddings)
+    module = transformer.rematerialised(Module, self.model.remat)
+    states = []
+    for k in range(1, self.mtp.heads + 1):
+      # Column i takes the embedding of column i+k; the last k columns wrap
+      # round, and no earlier column can see them.
+      ahead = jnp.roll(embeddings, -k, axis=1)
+      hidden = module(self.model, self.mtp.concat, name=f'depth_{k}')(
+          hidden, ahead, angles, mask)
+      states.append(hidden)
+    return tuple(states)
+
+
+class Decoder(nn.Module):
+  """Embedding, trunk, final norm, output head, and the MTP modules."""
+  model: object  # config.Model
+  mtp: object  # config.MTP
+  vocab_size: int
+
+  def setup(self):
+    m = self.model
+    self.embed = transformer.Embedding(self.vocab_size, m.d_model,
+                                       jnp.dtype(m.dtype))
+    self.blocks = transformer.Stack(m)
+    self.final_norm = transformer.RMSNorm(m.norm_eps)
+    if not m.tie_embeddings:
+      self.lm_head = transformer.Linear(self.vocab_size)
+    if self.mtp.heads:
+      self.modules = Modules(m, self.mtp, name='mtp')
+
+  def _angles(self, positions):
+    return transformer.rope_angles(
+        positions, transformer.head_channels(self.model), self.model.rope_theta)
+
+  def __call__(self, tokens, valid, heads=True):
+    """Return the hidden states that the output head reads.
+
+    Args:
+      tokens: int32 [B, T].
+      valid: bool [B, T].
+      heads: whether the MTP modules run too.
+
+    Returns:
+      h^0 after the final norm [B, T, D], and a tuple of h^1 .. h^K.
+    """
+    x = self.embed(tokens)
+    angles = self._angles(transformer.positions_of(valid))
+    mask = transformer.causal_mask(valid, jnp.arange(tokens.shape[1]))
+    trunk, _ = self.blocks((x, None), angles, mask, 0)
+    h = self.final_norm(trunk)
+    if self.is_initializing() and not self.model.tie_embeddings:
+      self.lm_head(h)
+    if not (heads and self.mtp.heads):
+      return h, ()
+    below = h if self.mtp.hidden == 'post_norm' else trunk
+    return h, self.modules(below, x, angles, mask)
+
+  def decode(self, tokens, positions, key_valid, cache, column):
+    """Extend the cache by the columns of `tokens` and return their states.
+
+    Args:
+      tokens: int32 [B, T], for columns column .. column + T - 1.
+      positions: int32 [B, T], the tokens' places among the valid ones.
+      key_valid: bool [B, U], valid columns of the cache, these included.
+      cache: `transformer.Cache` of U columns.
+      column: int32 [].
+
+    Returns:
+      h^0 after the final norm [B, T, D], and the new cache.
+    """
+    columns = column + jnp.arange(tokens.shape[1])
+    mask = transformer.causal_mask(key_valid, columns)
+    x, cache = self.blocks((self.embed(tokens), cache),
+                           self._angles(positions), mask, column)
+    return self.final_norm(x), cache

@@ -1,0 +1,1 @@
+"""Token log-probabilities, advantages, and policy and MTP losses."""

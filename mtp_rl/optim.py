@@ -1,0 +1,59 @@
+"""AdamW with theta and psi clipped apart (or under one joint norm)."""
+
+import jax
+import optax
+
+from mtp_rl import tree
+
+
+def schedule(lr, optim, updates):
+  """Return the learning rate as a function of the update count.
+
+  Args:
+    lr: peak learning rate.
+    optim: `config.Optim`.
+    updates: updates of the whole run, for 'cosine' and 'linear' decay to 0.
+  """
+  rest = max(updates - optim.warmup, 1)
+  after = {
+      'constant': optax.constant_schedule(lr),
+      'cosine': optax.cosine_decay_schedule(lr, rest),
+      'linear': optax.linear_schedule(lr, 0., rest),
+  }[optim.schedule]
+  if not optim.warmup:
+    return after
+  # Starts at lr / warmup, not 0: the first update must not be lost.
+  ramp = optax.linear_schedule(lr / optim.warmup, lr, optim.warmup)
+  return optax.join_schedules([ramp, after], [optim.warmup])
+
+
+def decayed(params):
+  """Return a tree of bools: True at matrices, which weight decay acts on."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: str(getattr(path[-1], 'key', '')) in ('kernel',
+                                                           'embedding'),
+      params)
+
+
+def make(optim, rate, train_head=True):
+  """Return the optax transformation of a run.
+
+  Args:
+    optim: `config.Optim`.
+    rate: learning rate or schedule.
+    train_head: False freezes the MTP modules, weight decay included (rl_only).
+
+  Returns:
+    optax.GradientTransformation for a params tree that `tree.labels` covers.
+  """
+  clip = (optax.clip_by_global_norm(optim.clip) if optim.clip
+          else optax.identity())
+  if optim.clip and optim.clip_mode == 'separate':
+    clip = optax.partition({'shared': clip, 'head': clip}, tree.labels)
+  steps = optax.chain(
+      clip, optax.adamw(rate, optim.b1, optim.b2, optim.eps,
+                        weight_decay=optim.weight_decay, mask=decayed))
+  if train_head:
+    return steps
+  return optax.partition({'shared': steps, 'head': optax.set_to_zero()},
+                         tree.labels)

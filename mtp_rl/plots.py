@@ -1,0 +1,141 @@
+"""The figures of a run, drawn from its metrics alone."""
+
+import os
+
+import matplotlib
+from matplotlib import figure as mpl_figure
+
+matplotlib.rcParams['svg.hashsalt'] = 'mtp_rl'
+_BLUE, _ORANGE, _GREEN, _GREY = '#2060a8', '#d8702a', '#3a8f5c', '#909090'
+
+
+def _series(rows, name):
+  pairs = [(r['step'], r[name]) for r in rows if r.get(name) is not None]
+  return [p[0] for p in pairs], [p[1] for p in pairs]
+
+
+def _panel(axis, rows, curves, title, **limits):
+  for name, label, style in curves:
+    x, y = _series(rows, name)
+    if x:
+      axis.plot(x, y, label=label, **style)
+  axis.set(title=title, xlabel='RL step', **limits)
+  axis.grid(alpha=.25)
+  if axis.lines:
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _save(figure, directory, name):
+  figure.savefig(os.path.join(directory, name + '.png'), dpi=110)
+
+
+def _new(columns, height=3.6):
+  figure = mpl_figure.Figure(figsize=(4.6 * columns, height),
+                             layout='constrained')
+  return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def learning(rows, directory, title):
+  """Draw reward and held-out accuracy against the RL step."""
+  figure, (left, right) = _new(2)
+  _panel(left, rows, [('reward/mean', 'samples', dict(color=_BLUE, lw=1))],
+         'mean reward of the rollouts', ylim=(0, 1.02))
+  names = sorted({n for r in rows for n in r if n.startswith('val/') and
+                  n.rsplit('/', 1)[1].startswith(('greedy', 'avg@'))})
+  colours = (_BLUE, _ORANGE, _GREEN, _GREY)
+  curves = [(n, n[4:], dict(color=colours[i % 4], marker='o', ms=3, lw=1.2))
+            for i, n in enumerate(names)]
+  _panel(right, rows, curves, 'held-out accuracy', ylim=(0, 1.02))
+  figure.suptitle(title, fontsize=10)
+  _save(figure, directory, 'learning')
+
+
+def coefficient(rows, directory, title):
+  """Draw lambda, the c-proxy <delta_RL, delta_MTP>, and their cosine."""
+  figure, axes = _new(3)
+  style = lambda colour: dict(color=colour, lw=1)
+  _panel(axes[0], rows, [('occ/lambda', 'lambda', style(_BLUE))],
+         'coefficient lambda')
+  _panel(axes[1], rows, [
+      ('occ/dot', 'log-prob proxy', style(_ORANGE)),
+      ('occ/exact/c', 'gradients', style(_GREEN))],
+         'c = <RL, MTP>')
+  axes[1].set_yscale('symlog', linthresh=1e-3)
+  _panel(axes[2], rows, [
+      ('occ/cos', 'log-prob proxy', style(_ORANGE)),
+      ('occ/exact/cos', 'gradients', style(_GREEN))],
+         'cosine of RL and MTP', ylim=(-1.05, 1.05))
+  for axis in axes:
+    axis.axhline(0, color=_GREY, lw=.6, zorder=0)
+  figure.suptitle(title, fontsize=10)
+  _save(figure, directory, 'occ')
+
+
+def acceptance(rows, directory, title):
+  """Draw how often each MTP head would be accepted as a drafter."""
+  figure, (left, right) = _new(2)
+  depths = sorted({n.split('/')[0] for r in rows for n in r
+                   if n.startswith('mtp_') and n.endswith('accept_top1')})
+  colours = (_BLUE, _ORANGE, _GREEN, _GREY)
+  pick = lambda kind: [
+      (f'{d}/{kind}', f'depth {d[4:]}', dict(color=colours[i % 4], lw=1.2))
+      for i, d in enumerate(depths)]
+  _panel(left, rows, pick('accept_top1'), 'argmax of head = argmax of main',
+         ylim=(0, 1.02))
+  _panel(right, rows, pick('accept_expected'),
+         'expected acceptance, sum min(p, q)', ylim=(0, 1.02))
+  figure.suptitle(title, fontsize=10)
+  _save(figure, directory, 'acceptance')
+
+
+def samples(rows, directory, title, limit=14):
+  """Draw sampled completions as text, with their rewards.
+
+  Args:
+    rows: dicts with 'step', 'prompt', 'completion', 'answer', 'reward'.
+    directory: where samples.png goes.
+    title: of the sheet.
+    limit: how many rows are shown, the latest ones.
+  """
+  rows = rows[-limit:]
+  figure = mpl_figure.Figure(figsize=(10, .34 * (len(rows) + 3)))
+  axis = figure.add_axes((0.02, 0, .96, 1))
+  axis.set_axis_off()
+  cut = lambda text, n: ascii_text(text if len(text) <= n
+                                   else text[:n - 3] + '...')
+  lines = [('step', 'prompt', 'completion', 'answer', 'reward', 'black')]
+  lines += [(str(r['step']), cut(r['prompt'], 52), cut(r['completion'], 34),
+             cut(r['answer'], 14), f'{r["reward"]:.2f}',
+             _GREEN if r['reward'] >= 1 else '#b03030') for r in rows]
+  height = 1 / (len(lines) + 2)
+  axis.text(0, 1 - height, ascii_text(title), fontsize=10, va='center')
+  for i, line in enumerate(lines):
+    for x, text in zip((0, .06, .52, .82, .95), line[:5]):
+      axis.text(x, 1 - (i + 2) * height, text, family='monospace', fontsize=7.5,
+                color=line[5], va='center', parse_math=False,
+                weight='bold' if i == 0 else 'normal')
+  _save(figure, directory, 'samples')
+
+
+def ascii_text(text):
+  """Return text with everything but printable ASCII escaped."""
+  return ''.join(c if ' ' <= c <= '~' else c.encode(
+      'unicode_escape').decode() for c in text)
+
+
+def draw_all(rows, sample_rows, directory, title):
+  """Draw every figure of a run into a directory.
+
+  Args:
+    rows: of metrics.jsonl.
+    sample_rows: see `samples`; [] leaves that sheet out.
+    directory: where the PNG files go.
+    title: one line above each figure.
+  """
+  learning(rows, directory, title)
+  if any('occ/lambda' in r for r in rows):
+    coefficient(rows, directory, title)
+  if any(n.endswith('accept_top1') for r in rows for n in r):
+    acceptance(rows, directory, title)
+  if sample_rows:
+    samples(sample_rows, directory, title)

@@ -1,0 +1,194 @@
+"""Sampling completions: one jitted prefill and while_loop.
+
+Prompts are left-padded, so every row writes its next token in the same
+column; the loop stops when all rows are done or the columns are full.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_rl import config as config_lib
+from mtp_rl import tokenizers, types
+from mtp_rl.models import mtp, transformer
+
+
+class SamplingState(NamedTuple):
+  """What the decoding loop carries.
+
+  Attributes:
+    step: int32 [], response column that is written next.
+    tokens: int32 [B, T].
+    valid: bool [B, T].
+    logprobs: float32 [B, S], of the sampled tokens.
+    logits: float32 [B, V], of the next token.
+    done: bool [B], rows that have ended.
+    cache: keys and values.
+    key: the PRNG key.
+  """
+  step: jax.Array
+  tokens: jax.Array
+  valid: jax.Array
+  logprobs: jax.Array
+  logits: jax.Array
+  done: jax.Array
+  cache: transformer.Cache
+  key: jax.Array
+
+
+def restrict(logits, top_k, top_p):
+  """Return logits with all but the top-k and the top-p nucleus at -inf.
+
+  The nucleus is the smallest set of most likely tokens whose probability
+  reaches top_p; the most likely token always stays.
+
+  Args:
+    logits: float32 [B, V].
+    top_k: tokens to keep; 0 keeps all.
+    top_p: in (0, 1]; 1 keeps all.
+  """
+  if top_k and top_k < logits.shape[-1]:
+    kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    logits = jnp.where(logits < kth, -jnp.inf, logits)
+  if top_p < 1:
+    order = jnp.sort(logits, axis=-1)[:, ::-1]
+    probs = jax.nn.softmax(order)
+    inside = jnp.cumsum(probs, -1) - probs < top_p
+    lowest = jnp.min(jnp.where(inside, order, jnp.inf), -1, keepdims=True)
+    logits = jnp.where(logits < lowest, -jnp.inf, logits)
+  return logits
+
+
+def generate(params, prompts, prompt_valid, key, *, config, vocab_size, group=1,
+             greedy=False):
+  """Sample `group` completions of every prompt.
+
+  Args:
+    params: the model's parameters.
+    prompts: int32 [P, R], left-padded.
+    prompt_valid: bool [P, R].
+    key: PRNG key.
+    config: `config.Config` (static).
+    vocab_size: V.
+    group: G, samples a prompt.
+    greedy: take the most likely token instead of sampling.
+
+  Returns:
+    `types.Tokens` of B = P * G rows, a prompt's samples adjacent, and the
+    sampled tokens' log-probs under the tempered, unrestricted distribution,
+    float32 [B, S], 0 after a row's end.
+  """
+  r, s = prompts.shape[1], config.rollout.max_response
+  temperature = config.rollout.temperature
+  net = mtp.Decoder(config.model, config.mtp, vocab_size)
+  rows = prompts.shape[0] * group
+
+  def decode(tokens, positions, valid, cache, column):
+    h, cache = net.apply({'params': params}, tokens, positions, valid, cache,
+                         column, method='decode')
+    logits = jnp.matmul(
+        h[:, -1], transformer.head_matrix(params).astype(h.dtype),
+        preferred_element_type=jnp.float32)
+    return logits, cache
+
+  cache = transformer.empty_cache(config.model, prompts.shape[0], r + s)
+  pad = jnp.zeros((prompts.shape[0], s), bool)
+  logits, cache = decode(prompts, transformer.positions_of(prompt_valid),
+                         jnp.concatenate([prompt_valid, pad], 1), cache, 0)
+  # The prompt is read once and its cache copied to the G samples.
+  spread = functools.partial(jnp.repeat, repeats=group, axis=0)
+  state = SamplingState(
+      step=jnp.int32(0),
+      tokens=jnp.pad(spread(prompts), ((0, 0), (0, s)),
+                     constant_values=tokenizers.PAD),
+      valid=jnp.pad(spread(prompt_valid), ((0, 0), (0, s))),
+      logprobs=jnp.zeros((rows, s), jnp.float32), logits=spread(logits),
+      done=jnp.zeros((rows,), bool), key=key,
+      cache=jax.tree.map(lambda c: jnp.repeat(c, group, axis=1), cache))
+
+  def unfinished(state):
+    return (state.step < s) & ~jnp.all(state.done)
+
+  def extend(state):
+    logp = jax.nn.log_softmax(state.logits / temperature)
+    if greedy:
+      token = jnp.argmax(state.logits, -1)
+    else:
+      token = jax.random.categorical(
+          jax.random.fold_in(state.key, state.step),
+          restrict(logp, config.rollout.top_k, config.rollout.top_p))
+    chosen = jnp.take_along_axis(logp, token[:, None], 1)[:, 0]
+    alive, column = ~state.done, r + state.step
+    token = jnp.where(alive, token, tokenizers.PAD).astype(jnp.int32)
+    put = lambda x, y, at: jax.lax.dynamic_update_slice(
+        x, y[:, None].astype(x.dtype), (0, at))
+    tokens = put(state.tokens, token, column)
+    valid = put(state.valid, alive, column)
+    # A row's next position is the number of its valid tokens less one.
+    positions = jnp.sum(valid, 1, keepdims=True).astype(jnp.int32) - 1
+    logits, cache = decode(token[:, None], positions, valid, state.cache,
+                           column)
+    return SamplingState(
+        state.step + 1, tokens, valid,
+        put(state.logprobs, jnp.where(alive, chosen, 0.), state.step), logits,
+        state.done | (token == tokenizers.EOS), cache, state.key)
+
+  state = jax.lax.while_loop(unfinished, extend, state)
+  return types.Tokens(state.tokens, state.valid), state.logprobs
+
+
+def pad_prompts(prompts, tokenizer, length):
+  """Return texts as left-padded int32 [P, R] and bool [P, R] NumPy arrays.
+
+  Args:
+    prompts: P texts.
+    tokenizer: `tokenizers.CharTokenizer`.
+    length: R, rollout.max_prompt.
+
+  Raises:
+    config.ConfigError: a prompt is empty or longer than R tokens.
+  """
+  tokens = np.full((len(prompts), length), tokenizers.PAD, np.int32)
+  valid = np.zeros((len(prompts), length), bool)
+  for row, text in enumerate(prompts):
+    ids = tokenizer.encode(text)
+    check_prompt(text, len(ids), length)
+    tokens[row, length - len(ids):] = ids
+    valid[row, length - len(ids):] = True
+  return tokens, valid
+
+
+def check_prompt(text, count, length):
+  """Raise config.ConfigError where a prompt of `count` tokens does not fit."""
+  if not count:
+    raise config_lib.ConfigError('the task gave an empty prompt')
+  if count > length:
+    raise config_lib.ConfigError(
+        f'the prompt {text[:40]!r} has {count} tokens, but rollout.max_prompt='
+        f'{length}; raise rollout.max_prompt')
+
+
+def pad_supervised(examples, tokenizer, prompt_length, response_length):
+  """Return `types.Tokens` (NumPy) of prompts and solutions, EOS appended.
+
+  Raises:
+    config.ConfigError: a prompt or solution does not fit.
+  """
+  tokens, valid = pad_prompts([e.prompt for e in examples], tokenizer,
+                              prompt_length)
+  more = np.full((len(examples), response_length), tokenizers.PAD, np.int32)
+  there = np.zeros(more.shape, bool)
+  for row, example in enumerate(examples):
+    ids = tokenizer.encode(example.solution) + [tokenizers.EOS]
+    if len(ids) > response_length:
+      raise config_lib.ConfigError(
+          f'the solution {example.solution[:40]!r} has {len(ids)} tokens, EOS '
+          f'included, but rollout.max_response={response_length}; raise '
+          'rollout.max_response')
+    more[row, :len(ids)] = ids
+    there[row, :len(ids)] = True
+  return types.Tokens(np.concatenate([tokens, more], 1),
+                      np.concatenate([valid, there], 1))

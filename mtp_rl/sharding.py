@@ -1,0 +1,96 @@
+"""The mesh, the one table of parameter shardings, and activation constraints.
+
+Batches are split over 'data' and 'fsdp', parameters over 'fsdp' and 'model'.
+The same code runs on one CPU and on a slice: a mesh of ones is a mesh.
+"""
+
+import re
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from mtp_rl import config as config_lib
+
+AXES = ('data', 'fsdp', 'model')
+BATCH = ('data', 'fsdp')
+
+# Path pattern -> spec of the *last* dimensions, so that stacked layers and
+# the optimiser's moments fall under the rule of their parameter. The first
+# match counts; what matches nothing is replicated.
+RULES = (
+    (r'embed/embedding$', ('model', 'fsdp')),
+    (r'lm_head/kernel$', ('fsdp', 'model')),
+    (r'(query|key|value|gate|up)/kernel$', ('fsdp', 'model')),
+    (r'(query|key|value)/bias$', ('model',)),
+    (r'(out|down)/kernel$', ('model', 'fsdp')),
+    (r'proj/kernel$', ('fsdp', 'model')),
+)
+
+
+def make_mesh(mesh_config):
+  """Return the device mesh of a config.
+
+  Args:
+    mesh_config: `config.Mesh`.
+
+  Raises:
+    config.ConfigError: the machine has fewer devices than the mesh.
+  """
+  shape = tuple(getattr(mesh_config, axis) for axis in AXES)
+  size, have = shape[0] * shape[1] * shape[2], jax.device_count()
+  if size > have:
+    raise config_lib.ConfigError(
+        f'mesh {dict(zip(AXES, shape))} needs {size} devices, but this '
+        f'machine has {have}; make mesh.data, mesh.fsdp or mesh.model smaller')
+  return jax.make_mesh(
+      shape, AXES, devices=jax.devices()[:size],
+      axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def spec(path, shape, mesh):
+  """Return the PartitionSpec of one parameter.
+
+  An axis that does not divide its dimension is left out (a vocabulary of 17
+  characters stays whole), which costs memory and never changes a result.
+
+  Args:
+    path: '/'-joined key path.
+    shape: the parameter's shape.
+    mesh: the device mesh.
+  """
+  for pattern, last in RULES:
+    if re.search(pattern, path) and len(shape) >= len(last):
+      full = (None,) * (len(shape) - len(last)) + last
+      return P(*[a if a and n % mesh.shape[a] == 0 else None
+                 for a, n in zip(full, shape)])
+  return P()
+
+
+def _path(keys):
+  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
+                  for k in keys)
+
+
+def tree_shardings(tree, mesh):
+  """Return a NamedSharding for every leaf of a tree of (abstract) arrays."""
+  return jax.tree_util.tree_map_with_path(
+      lambda keys, x: NamedSharding(mesh, spec(_path(keys), x.shape, mesh)),
+      tree)
+
+
+def batch_sharding(mesh):
+  """Return the sharding that splits the leading axis over data x fsdp."""
+  return NamedSharding(mesh, P(BATCH))
+
+
+def constrain_batch(x, axis=0):
+  """Constrain x to be split over the batch axes along one of its axes.
+
+  Outside a mesh context x is returned as it is.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  entries = [None] * x.ndim
+  entries[axis] = BATCH
+  return jax.lax.with_sharding_constraint(x, P(*entries))

@@ -1,0 +1,132 @@
+"""Any data set of the package reasoning-gym, scored strictly.
+
+Questions are drawn once (task.size of them), duplicates dropped, and split by
+question text. The package's own scorer decides, on the stripped completion;
+only its full score is a reward. Scorers may parse what the model wrote, so
+they run in a worker process with a clock.
+"""
+
+import json
+import zlib
+
+import numpy as np
+
+from mtp_rl import config as config_lib
+from mtp_rl import tokenizers, types
+from mtp_rl.tasks import workers
+
+HELD_OUT_SHARE = 8  # one question in 8, by checksum, is never trained on
+_TRAIN, _SUPERVISED = range(2)
+
+
+def _create(dataset, options, size, seed):
+  import reasoning_gym  # an extra: imported when the task is used
+  return reasoning_gym.create_dataset(dataset, size=size, seed=seed, **options)
+
+
+def scorer(dataset, options, size, seed):
+  """Return (index, completion) -> score of the package, for a worker."""
+  data = _create(dataset, options, size, seed)
+  return lambda index, text: data.score_answer(text, data[index])
+
+
+def make(task_config, seed):
+  """Return the `ReasoningGym` task of a `config.Task`.
+
+  Raises:
+    config.ConfigError: the package is missing, or the data set or its
+      options are unknown.
+  """
+  try:
+    options = json.loads(task_config.options)
+    if not isinstance(options, dict):
+      raise ValueError('not a JSON object')
+  except ValueError as e:
+    raise config_lib.ConfigError(
+        f'task.options={task_config.options!r} is no JSON object: {e}') from e
+  args = (task_config.dataset, options, task_config.size, seed)
+  try:
+    data = _create(*args)
+    entries = [data[i] for i in range(len(data))]
+  except ImportError as e:
+    raise config_lib.ConfigError(
+        'task.name=reasoning_gym needs the package reasoning-gym; install '
+        f"mtp_rl with the extra 'gym' ({e})") from e
+  except (ValueError, TypeError, AssertionError, KeyError) as e:
+    raise config_lib.ConfigError(
+        f'reasoning_gym cannot make task.dataset={task_config.dataset!r} with '
+        f'task.options={task_config.options}: {e}') from e
+  return ReasoningGym(task_config, seed, entries,
+                      workers.Worker(scorer, args, task_config.timeout_s))
+
+
+class ReasoningGym:
+  """See the module's text; members as in `tasks.Task`."""
+
+  def __init__(self, task_config, seed, entries, worker):
+    self._name, self._seed, self._worker = task_config.dataset, seed, worker
+    unique = {}
+    for index, entry in enumerate(entries):
+      answer = entry['answer']
+      example = types.Example(entry['question'], str(answer),
+                              None if answer is None else str(answer), index)
+      unique.setdefault(entry['question'], example)
+    test = [e for q, e in unique.items()
+            if zlib.crc32(q.encode()) % HELD_OUT_SHARE == 0]
+    self._test = test[:task_config.held_out]
+    held_out = {e.prompt for e in test}
+    self._train = [e for q, e in unique.items() if q not in held_out]
+    if not self._train:
+      raise config_lib.ConfigError(
+          f'reasoning_gym {self._name!r} gave no training question; raise '
+          f'task.size={task_config.size}')
+    self._solved = [e for e in self._train if e.solution is not None]
+    self.tokenizer = tokenizers.CharTokenizer(
+        ''.join(e.prompt + (e.solution or '') for e in self._train))
+
+  def _pick(self, pool, stream, step, count):
+    rng = np.random.default_rng([self._seed, stream, step])
+    return [pool[i] for i in rng.integers(0, len(pool), count)]
+
+  def prompts(self, step, count):
+    """Return training questions, drawn with replacement."""
+    return self._pick(self._train, _TRAIN, step, count)
+
+  def supervised(self, step, count):
+    """Return training questions whose solution is the data set's answer.
+
+    Raises:
+      config.ConfigError: the data set gives no answers to imitate.
+    """
+    if not self._solved:
+      raise config_lib.ConfigError(
+          f'reasoning_gym {self._name!r} gives no answers to imitate; set '
+          'warmup.steps=0')
+    return self._pick(self._solved, _SUPERVISED, step, count)
+
+  def held_out(self):
+    """Return {data set's name: questions}."""
+    return {self._name: self._test}
+
+  def probe(self):
+    """Return the examples with the longest question and longest answer."""
+    pool = self._train + self._test
+    return [max(pool, key=lambda e: len(e.prompt)),
+            max(pool, key=lambda e: len(e.solution or ''))]
+
+  def extract(self, completion):
+    """Return the stripped completion."""
+    return completion.strip()
+
+  def rewards(self, examples, completions):
+    """Return 1.0 for the scorer's full score, else 0.0."""
+    return [float(self._worker.score(e.meta, c.strip()) >= 1.)
+            for e, c in zip(examples, completions, strict=True)]
+
+  def counts(self):
+    """Return how often the scorer raised, hung or crashed so far."""
+    return dict(self._worker.counts)
+
+  def close(self):
+    """End the scoring process."""
+    self._worker.close()

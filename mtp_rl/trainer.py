@@ -1,0 +1,332 @@
+"""The loop: warm-up, then rollout and updates, evaluation, checkpoints.
+
+A workdir holds config.json, tokenizer.json, warmup.jsonl, metrics.jsonl,
+samples.jsonl, events/, figures/, checkpoints/{warmup,rl}/ and summary.json.
+The same call on the same workdir goes on where it stopped.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from mtp_rl import checkpoint, evaluate, metrics, plots, sharding, train_step
+from mtp_rl import config as config_lib
+from mtp_rl import tasks, tokenizers
+from mtp_rl.rollout import experience, sampler
+
+# Fields that may change between the runs of one workdir.
+_MAY_CHANGE = ('rl.steps', 'eval.every', 'run.checkpoint_every', 'run.keep',
+               'run.progress')
+
+
+class Run(NamedTuple):
+  """What the phases of a run share."""
+  config: config_lib.Config
+  workdir: str
+  task: Any
+  mesh: jax.sharding.Mesh
+  key: jax.Array
+
+  def path(self, *names):
+    """Return a path inside the workdir."""
+    return os.path.join(self.workdir, *names)
+
+  @property
+  def vocab_size(self):
+    """V, of the task's tokenizer."""
+    return self.task.tokenizer.vocab_size
+
+
+@contextlib.contextmanager
+def interruptible():
+  """Yield a function that tells whether SIGINT or SIGTERM has come.
+
+  The first signal asks for a clean end after the step in progress; a second
+  one acts as it would without us.
+  """
+  caught, previous = [], {}
+
+  def handler(number, unused_frame):
+    caught.append(number)
+    signal.signal(number, previous[number])
+    print('\nstopping after this step; once more to stop at once',
+          file=sys.stderr, flush=True)
+
+  for number in (signal.SIGINT, signal.SIGTERM):
+    previous[number] = signal.getsignal(number)
+    with contextlib.suppress(ValueError):  # not in the main thread
+      signal.signal(number, handler)
+  try:
+    yield lambda: bool(caught)
+  finally:
+    for number, old in previous.items():
+      with contextlib.suppress(ValueError):
+        signal.signal(number, old)
+
+
+def setup(config, workdir):
+  """Check everything that can be checked before long work, and return a Run.
+
+  Raises:
+    config.ConfigError: one sentence on what is wrong and its mend.
+  """
+  config_lib.validate(config)
+  mesh = sharding.make_mesh(config.mesh)
+  checkpoint.prepare_workdir(workdir)
+  path = os.path.join(workdir, 'config.json')
+  if os.path.exists(path):
+    changed = [n for n in config_lib.differences(config, config_lib.load(path))
+               if n not in _MAY_CHANGE]
+    if 'rl.steps' not in changed and config.optim.schedule != 'constant':
+      before = config_lib.load(path).rl.steps
+      changed += ['rl.steps'] if before != config.rl.steps else []
+    if changed:
+      raise config_lib.ConfigError(
+          f'workdir {workdir} belongs to a run that differs in '
+          f'{", ".join(changed)}; choose another --workdir, or set the same')
+  task = tasks.make(config)
+  if config.warmup.init:
+    task.tokenizer = load_tokenizer(config.warmup.init)
+  for example in task.probe():
+    sampler.check_prompt(example.prompt,
+                         len(task.tokenizer.encode(example.prompt)),
+                         config.rollout.max_prompt)
+    if config.warmup.steps and example.solution:
+      sampler.pad_supervised([example], task.tokenizer,
+                             config.rollout.max_prompt,
+                             config.rollout.max_response)
+  metrics.write_json(path, config_lib.to_dict(config))
+  metrics.write_json(os.path.join(workdir, 'tokenizer.json'),
+                     {'characters': task.tokenizer.characters})
+  return Run(config, workdir, task, mesh, jax.random.key(config.seed))
+
+
+def load_tokenizer(workdir):
+  """Return the tokenizer of a workdir; raises config.ConfigError."""
+  path = os.path.join(workdir, 'tokenizer.json')
+  try:
+    with open(path, encoding='utf-8') as f:
+      return tokenizers.CharTokenizer(json.load(f)['characters'])
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise config_lib.ConfigError(
+        f'{path} cannot be read ({e}); name the workdir of a run') from e
+
+
+def _bar(run, total, start, name):
+  return tqdm.tqdm(total=total, initial=start, desc=name, file=sys.stderr,
+                   disable=not run.config.run.progress, dynamic_ncols=True,
+                   mininterval=.2 if sys.stderr.isatty() else 10.)
+
+
+def warmup(run, stopped):
+  """Train on the task's solutions; return the parameters, None if stopped."""
+  config = run.config
+  directory = run.path('checkpoints', 'warmup')
+  if config.warmup.init:
+    directory = os.path.join(config.warmup.init, 'checkpoints', 'warmup')
+    if not os.path.isdir(directory):
+      raise config_lib.ConfigError(
+          f'warmup.init={config.warmup.init} holds no warm-up checkpoint; name '
+          'a workdir of experiments.pretrain')
+  steps = train_step.make(config, run.vocab_size, run.mesh, 'warmup')
+  saved = checkpoint.Checkpoints(directory, keep=1)
+  with contextlib.closing(saved):
+    if config.warmup.init:
+      return saved.restore(steps.abstract, params_only=True)
+    start = saved.latest()
+    state = (steps.init(jax.random.fold_in(run.key, 1)) if start is None
+             else saved.restore(steps.abstract))
+    start = start or 0
+    if start >= config.warmup.steps:
+      return state.params
+    writer = metrics.Writer(run.path('warmup.jsonl'), run.path('events'), start)
+    with contextlib.closing(writer), _bar(run, config.warmup.steps, start,
+                                          'warm-up') as bar:
+      for step in range(start + 1, config.warmup.steps + 1):
+        batch = sampler.pad_supervised(
+            run.task.supervised(step, config.warmup.batch), run.task.tokenizer,
+            config.rollout.max_prompt, config.rollout.max_response)
+        state, values = steps.update(state, batch)
+        if step % 20 == 0 or step == config.warmup.steps:
+          row = writer.write(step, values)
+          bar.set_postfix(loss=f'{row["warmup/loss"]:.3f}', refresh=False)
+        bar.update()
+        last = step == config.warmup.steps or stopped()
+        if last or step % config.run.checkpoint_every == 0:
+          saved.save(step, state)
+        if last:
+          break
+  return None if step < config.warmup.steps else state.params
+
+
+def _update(run, steps, state, batch):
+  """Run the minibatches of a rollout; return the state and mean metrics."""
+  rows = batch.mask.shape[0] // run.config.rl.minibatches
+  seen = []
+  for i in range(run.config.rl.minibatches):
+    part = jax.tree.map(lambda x: x[i * rows:(i + 1) * rows], batch)
+    state, values = steps.update(state, part)
+    seen.append(values)
+  seen = jax.device_get(seen)
+  return state, {k: np.mean([v[k] for v in seen]) for k in seen[0]}
+
+
+class Functions(NamedTuple):
+  """The jitted functions of the RL phase.
+
+  Attributes:
+    steps: `train_step.Steps`.
+    collect: (params, reference, step) -> RolloutBatch, metrics, rows.
+    evaluate: params -> metrics.
+  """
+  steps: train_step.Steps
+  collect: Any
+  evaluate: Any
+
+
+def prepare(run):
+  """Return the `Functions` of a run (compiled when first called)."""
+  config, task = run.config, run.task
+  steps = train_step.make(config, run.vocab_size, run.mesh)
+  make = functools.partial(evaluate.make_generate, config, run.vocab_size,
+                           run.mesh, steps.abstract.params)
+  sample, greedy, several = (make(config.rl.group), make(1, greedy=True),
+                             make(config.eval.samples))
+
+  def collect(params, reference, step):
+    return experience.collect(
+        params, reference, step, task=task, config=config, generate=sample,
+        score=steps.score, key=jax.random.fold_in(run.key, 3))
+
+  def held_out(params):
+    start = time.perf_counter()
+    values = evaluate.evaluate(params, task, greedy, several, config,
+                               jax.random.fold_in(run.key, 2))
+    return values | {'timing_s/eval': time.perf_counter() - start}
+
+  return Functions(steps, collect, held_out)
+
+
+def rl(run, warm_params, stopped):
+  """Train by RL from the warm-up's parameters, or from the last checkpoint.
+
+  Returns:
+    whether all steps are done.
+  """
+  config, functions = run.config, prepare(run)
+  saved = checkpoint.Checkpoints(run.path('checkpoints', 'rl'), config.run.keep)
+  start = saved.latest()
+  if start is None:
+    state = functions.steps.init(run.key)._replace(
+        params=jax.tree.map(jnp.copy, warm_params))
+  else:
+    state = saved.restore(functions.steps.abstract)
+  reference = warm_params if config.rl.kl_coef else None
+  writer = metrics.Writer(run.path('metrics.jsonl'), run.path('events'), start)
+  metrics.keep_until(run.path('samples.jsonl'), start)
+  shown = {}
+  if start is None:
+    start, shown = 0, functions.evaluate(state.params)
+    writer.write(0, shown)
+    saved.save(0, state)
+  with contextlib.closing(saved), contextlib.closing(writer), _bar(
+      run, config.rl.steps, start, 'RL') as bar:
+    for step in range(start + 1, config.rl.steps + 1):
+      began = time.perf_counter()
+      batch, values, rows = functions.collect(state.params, reference, step)
+      updating = time.perf_counter()
+      state, updated = _update(run, functions.steps, state, batch)
+      values |= updated | task_counts(run.task)
+      values['timing_s/update'] = time.perf_counter() - updating
+      values['timing_s/step'] = time.perf_counter() - began
+      last = step == config.rl.steps
+      if last or step % config.eval.every == 0:
+        values |= functions.evaluate(state.params)
+        _note_samples(run, step, rows)
+      row = writer.write(step, values)
+      shown |= row
+      bar.set_postfix(_postfix(shown), refresh=False)
+      bar.update()
+      if last or stopped() or step % config.run.checkpoint_every == 0:
+        saved.save(step, state)
+      if stopped() and not last:
+        return False
+  return True
+
+
+def task_counts(task):
+  """Return the verifier's failure counts under their metric names."""
+  return {f'reward/{name}': n for name, n in task.counts().items()}
+
+
+def _note_samples(run, step, rows):
+  """Append one completion of each of the first four prompts."""
+  with open(run.path('samples.jsonl'), 'a', encoding='utf-8') as f:
+    for row in rows[::run.config.rl.group][:4]:
+      f.write(json.dumps({'step': step, **row}) + '\n')
+
+
+def _postfix(row):
+  out = {'reward': f'{row["reward/mean"]:.2f}'}
+  for name, value in row.items():
+    if name.endswith('/greedy'):
+      out['acc'] = f'{value:.2f}'
+  if row.get('occ/lambda') is not None:
+    out['lambda'] = f'{row["occ/lambda"]:+.3f}'
+  out['tok/s'] = f'{row["rollout/tokens_per_s"]:.0f}'
+  return out
+
+
+def finish(run, done):
+  """Draw the figures and write summary.json; return the summary."""
+  rows = metrics.read(run.path('metrics.jsonl'))
+  config = run.config
+  title = (f'{config.task.name} {config.task.dataset}'.strip() +
+           f', regime {config.mtp.regime}, seed {config.seed}')
+  plots.draw_all(rows, metrics.read(run.path('samples.jsonl')),
+                 run.path('figures'), title)
+  held_out = [{k: v for k, v in r.items() if k.startswith('val/')} for r in rows]
+  held_out = [v for v in held_out if v] or [{}]
+  summary = {
+      'status': 'complete' if done else 'interrupted',
+      'step': rows[-1]['step'] if rows else 0, 'steps': config.rl.steps,
+      'seed': config.seed, 'regime': config.mtp.regime,
+      'estimator': config.occ.estimator, 'after_warmup': held_out[0],
+      'last': held_out[-1],
+      'train_seconds': sum(r.get('timing_s/step', 0.) for r in rows)}
+  metrics.write_json(run.path('summary.json'), summary)
+  return summary
+
+
+def pretrain(config, workdir):
+  """Run the warm-up alone; return whether it is done."""
+  run = setup(config, workdir)
+  with jax.set_mesh(run.mesh), contextlib.closing(run.task), interruptible() as s:
+    return warmup(run, s) is not None
+
+
+def train(config, workdir):
+  """Run or resume a whole run; return its summary.
+
+  Args:
+    config: `config.Config`.
+    workdir: directory of the run, created if need be.
+
+  Raises:
+    config.ConfigError: one sentence on what is wrong and its mend.
+  """
+  run = setup(config, workdir)
+  with jax.set_mesh(run.mesh), contextlib.closing(run.task), interruptible() as s:
+    params = warmup(run, s)
+    done = params is not None and rl(run, params, s)
+  return finish(run, done)
