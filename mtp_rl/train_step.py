@@ -41,7 +41,7 @@ def _split(x, pieces):
 
 def _join(x):
   x = x.swapaxes(0, 1)
-  return x.reshape(-1, *x.shape[2:])
+  return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def score(params, tokens, valid, *, config, vocab_size, heads=True, detach=(),

@@ -194,7 +194,8 @@ class Embedding(nn.Module):
   def __call__(self, tokens):
     table = self.param('embedding', nn.initializers.normal(0.02),
                        (self.vocab_size, self.width))
-    return jnp.take(table, tokens, axis=0).astype(self.dtype)
+    x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+    return sharding.constrain_batch(x)
 
 
 def head_channels(model_config):

@@ -1,0 +1,43 @@
+"""Group advantages by hand."""
+
+import numpy as np
+import pytest
+
+from mtp_rl.objectives import advantages
+
+
+def test_grpo_divides_by_the_sample_deviation():
+  # Group 1: mean .5, deviations -+.5, ddof-1 std sqrt(4 * .25 / 3) = .57735.
+  got = advantages.group_advantages([1, 0, 1, 0, 0, 0, 0, 4], 4, 'grpo')
+  # Group 2: mean 1, deviations -1 -1 -1 3, std sqrt(12 / 3) = 2.
+  np.testing.assert_allclose(
+      got, [.866025, -.866025, .866025, -.866025, -.5, -.5, -.5, 1.5],
+      atol=1e-5)
+
+
+def test_dr_grpo_subtracts_the_mean_only():
+  got = advantages.group_advantages([1, 0, 3, 0], 4, 'dr_grpo')
+  np.testing.assert_allclose(got, [0, -1, 2, -1])
+
+
+def test_rloo_subtracts_the_mean_of_the_others():
+  got = advantages.group_advantages([1, 0, 3, 0], 4, 'rloo')
+  np.testing.assert_allclose(got, [0, -4 / 3, 8 / 3, -4 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['grpo', 'dr_grpo', 'rloo'])
+@pytest.mark.parametrize('reward', [0., 1.])
+def test_equal_rewards_teach_nothing(kind, reward):
+  got = advantages.group_advantages([reward] * 8, 4, kind)
+  np.testing.assert_array_equal(got, np.zeros(8))
+
+
+@pytest.mark.parametrize('kind', ['grpo', 'dr_grpo'])
+def test_a_group_of_one_has_its_reward_as_advantage(kind):
+  np.testing.assert_array_equal(
+      advantages.group_advantages([1, 0, .5], 1, kind), [1, 0, .5])
+
+
+def test_a_group_of_one_has_no_leave_one_out_mean():
+  with pytest.raises(ValueError, match='rl.group'):
+    advantages.group_advantages([1, 0], 1, 'rloo')

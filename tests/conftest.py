@@ -1,0 +1,42 @@
+"""Eight host devices and one compilation cache for the whole test session."""
+
+import os
+import tempfile
+
+import jax
+import pytest
+
+from mtp_rl import config as config_lib
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_compilation_cache_dir', os.path.join(
+    tempfile.gettempdir(), f'mtp_rl_test_cache_{jax.__version__}'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def tiny_config(**sections):
+  """Return the tests' config; each section's dict overrides its fields."""
+  config = config_lib.Config(
+      model=config_lib.Model(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2,
+                             d_ff=32, qkv_bias=True, qk_norm=True),
+      task=config_lib.Task(min_terms=2, max_terms=4, held_out=16),
+      rollout=config_lib.Rollout(max_prompt=6, max_response=6),
+      rl=config_lib.RL(steps=4, prompts=8, group=4, minibatches=2, lr=1e-3),
+      optim=config_lib.Optim(eps=1e-3),
+      warmup=config_lib.Warmup(steps=4, batch=8),
+      eval=config_lib.Eval(every=2, samples=2),
+      run=config_lib.Run(checkpoint_every=2, progress=False))
+  for section, values in sections.items():
+    if not isinstance(values, dict):
+      setattr(config, section, values)
+      continue
+    for name, value in values.items():
+      assert hasattr(getattr(config, section), name), (section, name)
+      setattr(getattr(config, section), name, value)
+  config_lib.validate(config)
+  return config
+
+
+@pytest.fixture(name='tiny')
+def _tiny():
+  return tiny_config

@@ -1,0 +1,129 @@
+"""MTP alignment and masks by hand; chunked head == whole head."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_rl import train_step
+from mtp_rl.objectives import logprobs
+from mtp_rl.objectives import mtp as mtp_loss
+
+from tests import conftest
+
+
+@pytest.mark.parametrize('depth, expected', [
+    (0, [3, 4, 5]),  # response columns 4, 5, 6 of 7 are read one before
+    (1, [2, 3, 4]), (2, [1, 2, 3]), (3, [0, 1, 2]),
+    (4, [0, 0, 1])])  # column -1 does not exist: 0 stands in, masked below
+def test_states_that_predict_the_response(depth, expected):
+  hidden = jnp.broadcast_to(jnp.arange(7.)[None, :, None], (2, 7, 1))
+  got = logprobs.response_states(hidden, depth, 3)[..., 0]
+  np.testing.assert_array_equal(got, [expected] * 2)
+
+
+def test_head_mask_by_hand_for_ragged_prompts():
+  # 4 prompt and 3 response columns; prompts of 4, 1 and 2 tokens, responses
+  # of 3, 3 and 1. Column t is predicted by depth k from column t - k - 1.
+  valid = jnp.asarray([[1, 1, 1, 1, 1, 1, 1],
+                       [0, 0, 0, 1, 1, 1, 1],
+                       [0, 0, 1, 1, 1, 0, 0]], bool)
+  got = logprobs.head_mask(valid, 3, 3).astype(int)
+  np.testing.assert_array_equal(got[..., 0], [[1, 1, 1], [0, 1, 1], [1, 0, 0]])
+  np.testing.assert_array_equal(got[..., 1], [[1, 1, 1], [0, 0, 1], [0, 0, 0]])
+  np.testing.assert_array_equal(got[..., 2], [[1, 1, 1], [0, 0, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize('heads', [1, 2, 3])
+def test_heads_are_read_where_they_predict_the_token(heads):
+  """The log-prob of y_t under depth k comes from column t - k - 1."""
+  rng = np.random.default_rng(0)
+  b, t, s, d, v = 2, 8, 3, 4, 6
+  states = [rng.normal(size=(b, t, d)).astype(np.float32)
+            for _ in range(heads + 1)]
+  matrix = rng.normal(size=(d, v)).astype(np.float32)
+  tokens = rng.integers(0, v, (b, t))
+  out = logprobs.token_logprobs(states[0], states[1:], matrix, matrix, tokens, s)
+  for k in range(heads + 1):
+    for row in range(b):
+      for j in range(s):
+        column = t - s + j
+        logits = states[k][row, column - k - 1] @ matrix
+        expected = logits[tokens[row, column]] - np.log(np.exp(logits).sum())
+        got = out.main[row, j] if k == 0 else out.heads[row, j, k - 1]
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_a_head_that_knows_the_next_token_has_no_loss():
+  """Labels shifted once: an oracle state at i encodes token i + k + 1."""
+  tokens = np.asarray([[1, 3, 2, 0, 3, 1, 2]])
+  out = []
+  for k in (1, 2):
+    ahead = np.roll(tokens, -(k + 1), axis=1)
+    out.append(jax.nn.one_hot(ahead, 4) * 50.)
+  scored = logprobs.token_logprobs(out[0], out, jnp.eye(4), jnp.eye(4), tokens,
+                                   3)
+  mask = logprobs.head_mask(np.ones_like(tokens, bool), 3, 2)
+  np.testing.assert_allclose(mtp_loss.cross_entropy(scored.heads, mask), 0.,
+                             atol=1e-6)
+
+
+@pytest.mark.parametrize('chunk', [1, 2, 3])
+def test_chunks_change_nothing(chunk):
+  rng = np.random.default_rng(0)
+  h = [rng.normal(size=(2, 9, 4)).astype(np.float32) for _ in range(3)]
+  matrix = rng.normal(size=(4, 6)).astype(np.float32)
+  tokens = rng.integers(0, 6, (2, 9))
+  def run(matrix, chunk):
+    return logprobs.token_logprobs(h[0], h[1:], matrix, matrix, tokens, 5,
+                                   chunk=chunk, temperature=.7, entropy=True,
+                                   acceptance=True)
+  whole, pieces = run(matrix, 0), run(matrix, chunk)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole,
+               pieces)
+  grad = lambda c: jax.grad(lambda m: run(m, c).heads.sum())(matrix)
+  np.testing.assert_allclose(grad(0), grad(chunk), rtol=1e-4, atol=1e-5)
+
+
+def test_entropy_and_acceptance_by_hand():
+  # Main uniform over 4: entropy ln 4. Head p = (.7, .1, .1, .1): overlap
+  # .25 + .1 * 3 = .55. Ties of the uniform argmax go to token 0: agreed.
+  tokens = np.zeros((1, 4), int)
+  h0 = jnp.zeros((1, 4, 4))
+  h1 = jnp.broadcast_to(jnp.log(jnp.asarray([.7, .1, .1, .1])), (1, 4, 4))
+  out = logprobs.token_logprobs(h0, (h1,), jnp.eye(4), jnp.eye(4), tokens, 2,
+                                entropy=True, acceptance=True)
+  np.testing.assert_allclose(out.entropy, np.log(4.), rtol=1e-6)
+  np.testing.assert_allclose(out.overlap, .55, rtol=1e-5)
+  assert np.all(out.top1)
+
+
+def _arrays_in(jaxpr, found):
+  for eqn in jaxpr.eqns:
+    for var in eqn.outvars:
+      found.append(getattr(var.aval, 'shape', ()))
+    for value in eqn.params.values():
+      for sub in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, 'eqns') or
+                                 hasattr(x, 'jaxpr')):
+        inner = getattr(sub, 'jaxpr', sub)
+        if hasattr(inner, 'eqns'):
+          _arrays_in(inner, found)
+  return found
+
+
+@pytest.mark.parametrize('chunk, alive', [(2, False), (0, True)])
+def test_no_array_of_tokens_times_vocabulary_is_alive(chunk, alive):
+  """Forward and backward of the training graph, every intermediate of it."""
+  vocab = 97
+  config = conftest.tiny_config(model=dict(head_chunk=chunk))
+  params = train_step.network(config, vocab).init(
+      jax.random.key(0), jnp.zeros((1, 3), int), jnp.ones((1, 3), bool))['params']
+  tokens = jnp.zeros((8, 12), jnp.int32)
+  def loss(p):
+    out = train_step.score(p, tokens, tokens == 0, config=config,
+                           vocab_size=vocab, entropy=True)
+    return out.main.sum() + out.heads.sum() + out.entropy.sum()
+  shapes = _arrays_in(jax.make_jaxpr(jax.grad(loss))(params).jaxpr, [])
+  rows = 8 * config.rollout.max_response
+  big = [s for s in shapes if vocab in s and np.prod(s) >= rows * vocab]
+  assert bool(big) == alive, big

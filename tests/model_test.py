@@ -1,0 +1,185 @@
+"""The decoder and its MTP modules: cache, padding, causality, detach."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_rl import train_step, tree
+from mtp_rl.models import transformer
+from mtp_rl.objectives import logprobs
+
+from tests import conftest
+
+V, R, S = 11, 5, 4
+
+
+def _tokens(lengths, seed=0):
+  """Ragged rows: prompt lengths and response lengths."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(3, V, (len(lengths), R + S)).astype(np.int32)
+  valid = np.zeros(tokens.shape, bool)
+  for row, (prompt, response) in enumerate(lengths):
+    valid[row, R - prompt:R + response] = True
+  return np.where(valid, tokens, 0), valid
+
+
+RAGGED = _tokens([(5, 4), (2, 3), (1, 0), (3, 1)])
+
+
+def _model(config):
+  net = train_step.network(config, V)
+  params = net.init(jax.random.key(0), *RAGGED)['params']
+  return net, params
+
+
+@pytest.mark.parametrize('sections', [
+    {}, dict(model=dict(tie_embeddings=False, qkv_bias=False, qk_norm=False,
+                        remat='none', n_kv_heads=4)),
+    dict(model=dict(head_dim=8, n_kv_heads=1, remat='block'))])
+def test_cached_decoding_is_the_full_forward(sections):
+  config = conftest.tiny_config(**sections)
+  net, params = _model(config)
+  tokens, valid = RAGGED
+  full, _ = net.apply({'params': params}, tokens, valid)
+  positions = transformer.positions_of(valid)
+  cache = transformer.empty_cache(config.model, len(tokens), R + S)
+  out = []
+  step = jax.jit(lambda *a: net.apply({'params': params}, *a, method='decode'))
+  for start, stop in [(0, R)] + [(c, c + 1) for c in range(R, R + S)]:
+    seen = valid & (np.arange(R + S) < stop)
+    h, cache = step(tokens[:, start:stop], positions[:, start:stop], seen,
+                    cache, start)
+    out.append(h)
+  got = np.concatenate(out, 1)
+  np.testing.assert_allclose(got[valid], np.asarray(full)[valid], atol=1e-5)
+
+
+def test_padding_and_other_rows_change_nothing(tiny):
+  config = tiny(mtp=dict(heads=2))
+  net, params = _model(config)
+  tokens, valid = RAGGED
+  apply = jax.jit(lambda t, v: net.apply({'params': params}, t, v))
+  full, ahead = apply(tokens, valid)
+  noise = np.where(valid, tokens, 7)
+  again, ahead_again = apply(noise, valid)
+  np.testing.assert_allclose(np.asarray(again)[valid], np.asarray(full)[valid],
+                             atol=1e-6)
+  for row in range(len(tokens)):  # the row alone, without its padding
+    keep = np.flatnonzero(valid[row])
+    alone, ahead_alone = net.apply({'params': params}, tokens[row:row + 1, keep],
+                                   np.ones((1, len(keep)), bool))
+    np.testing.assert_allclose(alone[0], full[row, keep], atol=1e-5)
+    for k in (1, 2):  # depth k at i needs the valid token i + k
+      n = max(len(keep) - k, 0)
+      np.testing.assert_allclose(ahead_alone[k - 1][0, :n],
+                                 ahead[k - 1][row, keep[:n]], atol=1e-5)
+      np.testing.assert_allclose(ahead_again[k - 1][row, keep[:n]],
+                                 ahead[k - 1][row, keep[:n]], atol=1e-5)
+
+
+def test_depth_k_sees_token_i_plus_k_and_none_after_it(tiny):
+  net, params = _model(tiny(mtp=dict(heads=3)))
+  tokens = np.full((1, 9), 4, np.int32)
+  valid = np.ones((1, 9), bool)
+  base = net.apply({'params': params}, tokens, valid)
+  tokens[0, 6] = 9
+  moved = net.apply({'params': params}, tokens, valid)
+  changed = lambda a, b: np.flatnonzero(np.abs(a - b)[0].max(-1) > 1e-6)
+  np.testing.assert_array_equal(changed(base[0], moved[0]), [6, 7, 8])
+  for k in (1, 2, 3):
+    first = changed(base[1][k - 1], moved[1][k - 1])[0]
+    assert first == 6 - k
+
+
+def test_rope_is_relative():
+  rng = np.random.default_rng(0)
+  q, k = rng.normal(size=(2, 1, 4, 2, 8)).astype(np.float32)
+  def scores(shift):
+    angles = transformer.rope_angles(jnp.arange(4)[None] + shift, 8, 1e4)
+    return jnp.einsum('bthc,buhc->bhtu', transformer.rotate(q, *angles),
+                      transformer.rotate(k, *angles))
+  np.testing.assert_allclose(scores(0), scores(100), atol=1e-4)
+
+
+def test_attention_is_softmax_attention():
+  rng = np.random.default_rng(0)
+  q = rng.normal(size=(2, 3, 4, 8)).astype(np.float32)
+  k, v = rng.normal(size=(2, 2, 5, 2, 8)).astype(np.float32)
+  mask = rng.random((2, 3, 5)) < .6
+  mask[..., 0] = True
+  got = transformer.attend(q, k, v, jnp.asarray(mask))
+  for head in range(4):  # query heads 0, 1 share kv head 0; 2, 3 share 1
+    s = np.einsum('btc,buc->btu', q[:, :, head], k[:, :, head // 2]) / 8 ** .5
+    w = np.exp(np.where(mask, s, -np.inf))
+    w = w / w.sum(-1, keepdims=True)
+    np.testing.assert_allclose(got[:, :, head],
+                               np.einsum('btu,buc->btc', w, v[:, :, head // 2]),
+                               atol=1e-5)
+
+
+def test_swapped_concat_is_another_model(tiny):
+  net, params = _model(tiny())
+  swapped = train_step.network(tiny(mtp=dict(concat='emb_h')), V)
+  a = net.apply({'params': params}, *RAGGED)[1][0]
+  b = swapped.apply({'params': params}, *RAGGED)[1][0]
+  assert np.abs(a - b)[RAGGED[1]].max() > 1e-3
+  # Swapping the halves of W as well gives the first one back.
+  kernel = params['mtp']['depth_1']['proj']['kernel']
+  half = kernel.shape[0] // 2
+  params['mtp']['depth_1']['proj']['kernel'] = jnp.concatenate(
+      [kernel[half:], kernel[:half]])
+  c = swapped.apply({'params': params}, *RAGGED)[1][0]
+  np.testing.assert_allclose(c, a, atol=1e-5)
+
+
+@pytest.mark.parametrize('hidden', ['post_norm', 'pre_norm'])
+def test_which_trunk_state_depth_1_receives(hidden, tiny):
+  net, params = _model(tiny(mtp=dict(hidden=hidden)))
+  base = net.apply({'params': params}, *RAGGED)[1][0]
+  # Scale channel 0 of the final norm: only the post-norm state feels it.
+  scale = params['final_norm']['scale']
+  params['final_norm']['scale'] = scale.at[0].set(3.)
+  moved = net.apply({'params': params}, *RAGGED)[1][0]
+  assert (np.abs(base - moved)[RAGGED[1]].max() > 1e-4) == (
+      hidden == 'post_norm')
+
+
+def _head_gradient(config):
+  """Gradient of a heads-only loss over all parameters."""
+  params = _model(config)[1]
+  def loss(p):
+    out = train_step.score(p, *RAGGED, config=config, vocab_size=V)
+    return jnp.sum(jnp.where(logprobs.head_mask(RAGGED[1], S, 2)[..., :],
+                             out.heads, 0.))
+  return jax.jit(jax.grad(loss))(params)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_each_detach_switch_cuts_its_path_exactly(tied, tiny):
+  def gradient(**switches):
+    return _head_gradient(tiny(
+        model=dict(tie_embeddings=tied), mtp=dict(heads=2, **switches),
+        rollout=dict(max_response=S)))
+  norm = lambda g, *names: float(sum(tree.norm(g[n]) for n in names))
+  free = gradient()
+  head = 'embed' if tied else 'lm_head'
+  assert norm(free, 'blocks') > 0 and norm(free, head) > 0
+  assert norm(free, 'embed') > 0 and norm(free, 'final_norm') > 0
+
+  hidden = gradient(detach_hidden=True)
+  assert norm(hidden, 'blocks', 'final_norm') == 0 and norm(hidden, 'embed') > 0
+  # With the hidden state cut, the embedding is reached as the head's input
+  # and, where tied, as the output head: each switch takes its part away.
+  one = gradient(detach_hidden=True, detach_embedding=True)
+  assert (norm(one, 'embed') > 0) == tied and norm(one, head) > 0
+  other = gradient(detach_hidden=True, detach_head=True)
+  assert norm(other, 'embed') > 0
+  if not tied:
+    assert norm(other, 'lm_head') == 0
+  all_cut = gradient(detach_hidden=True, detach_embedding=True,
+                     detach_head=True)
+  assert float(tree.norm(tree.shared(all_cut))) == 0
+  for g in (hidden, one, other, all_cut):
+    np.testing.assert_allclose(tree.norm(tree.head(g)),
+                               tree.norm(tree.head(free)), rtol=1e-5)
