@@ -194,8 +194,13 @@ class Functions(NamedTuple):
   evaluate: Any
 
 
-def prepare(run):
-  """Return the `Functions` of a run (compiled when first called)."""
+def prepare(run, completions=None):
+  """Return the `Functions` of a run (compiled when first called).
+
+  Args:
+    run: `Run`.
+    completions: list that receives one dict an evaluated completion, or None.
+  """
   config, task = run.config, run.task
   steps = train_step.make(config, run.vocab_size, run.mesh)
   make = functools.partial(evaluate.make_generate, config, run.vocab_size,
@@ -211,7 +216,7 @@ def prepare(run):
   def held_out(params):
     start = time.perf_counter()
     values = evaluate.evaluate(params, task, greedy, several, config,
-                               jax.random.fold_in(run.key, 2))
+                               jax.random.fold_in(run.key, 2), completions)
     return values | {'timing_s/eval': time.perf_counter() - start}
 
   return Functions(steps, collect, held_out)
@@ -330,3 +335,44 @@ def train(config, workdir):
     params = warmup(run, s)
     done = params is not None and rl(run, params, s)
   return finish(run, done)
+
+
+def score_checkpoint(workdir, phase, step, samples):
+  """Evaluate a checkpoint of a workdir on the held-out sets of its config.
+
+  Args:
+    workdir: of a run.
+    phase: 'rl' or 'warmup'.
+    step: int, or None for the latest.
+    samples: k of avg@k, pass@k and maj@k.
+
+  Returns:
+    the metrics, and the path of the JSON file they were written to.
+
+  Raises:
+    config.ConfigError: there is no such checkpoint, or it is damaged.
+  """
+  config = config_lib.load(os.path.join(workdir, 'config.json'))
+  config.eval.samples = samples
+  config_lib.validate(config)
+  task, mesh = tasks.make(config), sharding.make_mesh(config.mesh)
+  task.tokenizer = load_tokenizer(workdir)
+  run = Run(config, workdir, task, mesh, jax.random.key(config.seed))
+  where = run.path('checkpoints', phase)
+  if not os.path.isdir(where):
+    raise config_lib.ConfigError(f'{where} does not exist: this run has no '
+                                 f'{phase} checkpoint yet')
+  rows = []
+  with jax.set_mesh(mesh), contextlib.closing(task):
+    saved = checkpoint.Checkpoints(where, config.run.keep)
+    functions = prepare(run, rows)
+    with contextlib.closing(saved):
+      step = saved.latest() if step is None else step
+      params = saved.restore(functions.steps.abstract, step, params_only=True)
+    values = functions.evaluate(params)
+  os.makedirs(run.path('evaluation'), exist_ok=True)
+  path = run.path('evaluation', f'{phase}_{step}_k{samples}.json')
+  metrics.write_json(path, {'step': step, **metrics.plain(values)})
+  with open(path + 'l', 'w', encoding='utf-8') as f:
+    f.writelines(json.dumps(r) + '\n' for r in rows)
+  return values, path

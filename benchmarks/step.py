@@ -1,0 +1,188 @@
+"""Update time of each regime over Detach, rollout tokens/s, GFLOP/s.
+
+    python -m benchmarks.step [--rounds=20] [--cores=1]
+
+One process, pinned; every round times each regime once, in turn, and the
+ratio is taken round by round against Detach of the same round. The matmul
+peak is measured in the same process. Run it on a quiet machine.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+
+from absl import app, flags, logging
+
+_ROUNDS = flags.DEFINE_integer('rounds', 20, 'Timed rounds.', lower_bound=20)
+_CORES = flags.DEFINE_integer('cores', 1, 'CPU cores to pin to.', lower_bound=1)
+_OUT = flags.DEFINE_string('out', '', 'JSON file for the table.')
+_ONLY = flags.DEFINE_list('only', [], 'Rows to time beside detach.')
+
+# Large buffers stay mapped between updates instead of being faulted in again:
+# worth about 1.15 times here, for every regime alike.
+_MALLOC = ('glibc.malloc.mmap_threshold=8589934592:'
+           'glibc.malloc.trim_threshold=17179869184:'
+           'glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1')
+V, R, S, ROWS = 64, 16, 32, 128
+# name -> regime, estimator, psi's loss ('joint': the paper's L_RL + l L_MTP).
+REGIMES = {
+    'detach': ('detach', 'logprob', 'ce'),
+    'rl_only': ('rl_only', 'logprob', 'ce'),
+    'ce': ('ce', 'logprob', 'joint'),
+    'policy': ('policy', 'logprob', 'joint'),
+    'occ': ('occ', 'logprob', 'joint'),
+    'occ_authors': ('occ_authors', 'logprob', 'joint'),
+    'policy, own head loss': ('policy', 'logprob', 'ce'),
+    'occ, own head loss': ('occ', 'logprob', 'ce'),
+    'occ, curvature': ('occ', 'curvature', 'ce'),
+}
+
+
+def _config(regime, estimator, head_loss):
+  from mtp_rl import config as config_lib
+  config = config_lib.Config(
+      model=config_lib.Model(d_model=128, n_layers=4, n_heads=4, n_kv_heads=4,
+                             d_ff=512),
+      mtp=config_lib.MTP(regime=regime, head_loss=head_loss),
+      occ=config_lib.OCC(estimator=estimator),
+      rl=config_lib.RL(prompts=16, group=8, minibatches=1),
+      rollout=config_lib.Rollout(max_prompt=R, max_response=S))
+  config_lib.validate(config)
+  return config
+
+
+def _batch(rng):
+  import numpy as np
+
+  from mtp_rl import types
+  tokens = rng.integers(3, V, (ROWS, R + S)).astype(np.int32)
+  logp = lambda *shape: (rng.normal(size=shape) * .1 - 4).astype(np.float32)
+  return types.RolloutBatch(
+      tokens, np.ones((ROWS, R + S), bool), np.ones((ROWS, S), bool),
+      rng.normal(size=(ROWS, S)).astype(np.float32), logp(ROWS, S),
+      logp(ROWS, S, 1), logp(ROWS, S), logp(ROWS, S))
+
+
+def matmul_peak(size=2048, repeats=12):
+  """Return the best GFLOP/s of a float32 matmul in this process."""
+  import jax
+  import jax.numpy as jnp
+  f, x = jax.jit(lambda x: x @ x), jnp.ones((size, size))
+  f(x).block_until_ready()
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    f(x).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+  return 2 * size ** 3 / min(seconds) / 1e9
+
+
+def update_flops(params, config, tokens, columns, heads):
+  """Return the FLOPs of forward and backward, without recomputation.
+
+  6 per weight of a matmul and token (the output head on S of T columns, once
+  for the main head and once a MTP head), and 12 T D per token and block for
+  attention, whole T x T scores.
+  """
+  import jax
+  weights = sum(
+      x.size for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
+      if 'kernel' in str(path[-1]) and (heads or 'mtp' not in str(path[0])))
+  blocks = config.model.n_layers + heads
+  head = V * config.model.d_model * (1 + heads) * S / columns
+  return tokens * (6 * (weights + head) +
+                   12 * columns * config.model.d_model * blocks)
+
+
+def _sampler_rate(config, params, mesh):
+  """Return the sampler's tokens/s at batch 1, 16 and 128."""
+  import jax
+  import numpy as np
+
+  from mtp_rl import evaluate
+  out = {}
+  abstract = jax.tree.map(lambda x: x, params)
+  for prompts, group in ((1, 1), (2, 8), (16, 8)):
+    f = evaluate.make_generate(config, V, mesh, abstract, group)
+    tokens = np.full((prompts, R), 5, np.int32)
+    seconds = []
+    for i in range(8):
+      start = time.perf_counter()
+      result, _ = jax.block_until_ready(
+          f(params, tokens, tokens > 0, jax.random.key(i)))
+      count = int(np.asarray(result.valid)[:, R:].sum())
+      seconds.append((time.perf_counter() - start) / count)
+    out[prompts * group] = 1 / statistics.median(seconds[1:])
+  return out
+
+
+def _report(seconds, flops, peak, rates):
+  base = seconds['detach']
+  print(f'{"regime":24s} {"ms":>8s} {"/ detach":>9s} {"quartiles":>15s} '
+        f'{"GFLOP/s":>8s} {"of peak":>8s}')
+  rows = {}
+  for name, times in seconds.items():
+    ratios = [a / b for a, b in zip(times, base)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    ms, rate = statistics.median(times) * 1e3, None
+    if name in flops:
+      rate = flops[name] / ms / 1e6
+    rows[name] = {'ms': ms, 'over_detach': middle, 'quartiles': [low, high],
+                  'gflops': rate}
+    tail = f'{rate:8.0f} {100 * rate / peak:7.0f}%' if rate else ''
+    print(f'{name:24s} {ms:8.1f} {middle:9.3f} {low:7.3f}-{high:.3f}  {tail}')
+  print(f'float32 matmul peak {peak:.0f} GFLOP/s; sampler ' + ', '.join(
+      f'{rate:.0f} tokens/s at batch {b}' for b, rate in rates.items()))
+  return {'rounds': len(base), 'peak_gflops': peak, 'regimes': rows,
+          'sampler_tokens_per_s': rates}
+
+
+def main(unused_argv):
+  """Time, print the table, and write it where --out says."""
+  logging.set_verbosity(logging.WARNING)
+  cores = sorted(os.sched_getaffinity(0))[-_CORES.value:]
+  os.sched_setaffinity(0, cores)
+  import jax
+  import numpy as np
+
+  from mtp_rl import config as config_lib
+  from mtp_rl import sharding, train_step
+  mesh = sharding.make_mesh(config_lib.Mesh())
+  batch = _batch(np.random.default_rng(0))
+  wanted = set(_ONLY.value) | {'detach'} if _ONLY.value else set(REGIMES)
+  runs, flops, seconds = {}, {}, {}
+  with jax.set_mesh(mesh):
+    peak = matmul_peak()
+    for name in (n for n in REGIMES if n in wanted):
+      config = _config(*REGIMES[name])
+      steps = train_step.make(config, V, mesh)
+      state = steps.init(jax.random.key(0))
+      start = time.perf_counter()
+      state, _ = jax.block_until_ready(steps.update(state, batch))
+      print(f'compiled {name} in {time.perf_counter() - start:.0f} s',
+            file=sys.stderr, flush=True)
+      runs[name], seconds[name] = [steps.update, state], []
+      if REGIMES[name][1] != 'curvature':
+        flops[name] = update_flops(state.params, config, ROWS * (R + S), R + S,
+                                   int(name != 'rl_only'))
+    rates = _sampler_rate(_config(*REGIMES['detach']), runs['detach'][1].params,
+                          mesh)
+    for _ in range(_ROUNDS.value):
+      for name, run in runs.items():
+        start = time.perf_counter()
+        run[1], _ = jax.block_until_ready(run[0](run[1], batch))
+        seconds[name].append(time.perf_counter() - start)
+  result = _report(seconds, flops, peak, rates)
+  if _OUT.value:
+    with open(_OUT.value, 'w', encoding='utf-8') as f:
+      json.dump({'cores': len(cores), **result}, f, indent=2)
+
+
+if __name__ == '__main__':
+  if 'GLIBC_TUNABLES' not in os.environ:
+    os.environ['GLIBC_TUNABLES'] = _MALLOC
+    os.execv(sys.executable, [sys.executable, '-m', 'benchmarks.step',
+                              *sys.argv[1:]])
+  app.run(main)

@@ -1,0 +1,80 @@
+"""Settings: presets, round trip, and one sentence for each contradiction."""
+
+import math
+
+import pytest
+
+from mtp_rl import config as config_lib
+
+from tests import conftest
+
+
+@pytest.mark.parametrize('sections, said', [
+    (dict(mtp=dict(heads=0, regime='detach')), 'mtp.heads=0'),
+    (dict(mtp=dict(heads=0, regime='occ')), 'needs an MTP head'),
+    (dict(mtp=dict(heads=2, regime='occ_authors')), 'one head'),
+    (dict(mtp=dict(regime='joint')), "mtp.regime='joint' is none of"),
+    (dict(mtp=dict(regime='policy'), occ=dict(estimator='curvature')),
+     'occ.estimator=curvature'),
+    (dict(mtp=dict(regime='ce', head_loss='policy')), 'mtp.head_loss=ce'),
+    (dict(occ=dict(lambda_min=1., lambda_max=0.)), 'exceeds'),
+    (dict(occ=dict(ema=1.)), 'occ.ema'),
+    (dict(rl=dict(prompts=9)), 'rl.minibatches'),
+    (dict(rl=dict(microbatches=3)), 'rl.microbatches=3'),
+    (dict(mesh=dict(data=3)), 'mesh.data'),
+    (dict(mesh=dict(data=16), rl=dict(prompts=32, minibatches=1),
+          warmup=dict(batch=9)), 'warmup.batch=9'),
+    (dict(rl=dict(advantage='rloo', group=1)), 'rl.group'),
+    (dict(rl=dict(loss='gspo')), 'dual'),
+    (dict(rl=dict(lr=0.)), 'rl.lr=0.0 must be positive'),
+    (dict(rl=dict(clip_low=-.1)), 'must not be negative'),
+    (dict(model=dict(n_kv_heads=3)), 'model.n_kv_heads=3'),
+    (dict(model=dict(d_model=18)), 'model.head_dim'),
+    (dict(model=dict(head_dim=5)), 'even'),
+    (dict(rollout=dict(top_p=0.)), 'rollout.top_p'),
+    (dict(rollout=dict(temperature=0.)), 'rollout.temperature'),
+])
+def test_contradictions_are_named(sections, said):
+  with pytest.raises(config_lib.ConfigError, match=said) as error:
+    conftest.tiny_config(**sections)
+  assert '\n' not in str(error.value)
+
+
+def test_no_head_is_allowed_where_none_is_needed(tiny):
+  tiny(mtp=dict(heads=0, regime='rl_only'))
+
+
+@pytest.mark.parametrize('name', config_lib.PRESETS)
+def test_presets_are_valid_and_differ(name):
+  config = config_lib.preset(config_lib.Config(), name)
+  config_lib.validate(config)
+  assert config_lib.differences(config, config_lib.Config()) or name == 'dapo'
+
+
+def test_presets_combine_and_keep_other_fields():
+  config = config_lib.Config(rl=config_lib.RL(steps=7))
+  config_lib.preset(config, 'gspo,paper')
+  assert config.rl.steps == 7 and config.rl.loss == 'gspo'
+  assert config.rl.clip_low == 3e-4 and config.optim.clip_mode == 'joint'
+  assert config.occ.lambda_max == math.inf
+  with pytest.raises(config_lib.ConfigError, match='gapo'):
+    config_lib.preset(config, 'gapo')
+
+
+def test_round_trip_and_differences():
+  config = config_lib.preset(config_lib.Config(seed=3), 'cispo')
+  again = config_lib.from_dict(config_lib.to_dict(config))
+  assert again == config and hash(again) == hash(config)
+  again.mtp.coef, again.seed = .7, 4
+  assert config_lib.differences(config, again) == ['seed', 'mtp.coef']
+
+
+def test_foreign_config_files_are_named(tmp_path):
+  path = tmp_path / 'config.json'
+  with pytest.raises(config_lib.ConfigError, match='does not exist'):
+    config_lib.load(path)
+  for text, said in (('{', 'not a config'), ('[]', 'not a config'),
+                     ('{"nope": 1}', 'nope'), ('{"rl": {"x": 1}}', "'x'")):
+    path.write_text(text)
+    with pytest.raises(config_lib.ConfigError, match=said):
+      config_lib.load(path)

@@ -1,0 +1,67 @@
+"""pass@k, maj@k and the evaluation loop."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mtp_rl import evaluate, tasks
+
+from tests import conftest
+
+
+@pytest.mark.parametrize('correct, samples, k', [
+    (0, 4, 2), (4, 4, 1), (2, 5, 1), (2, 5, 3), (1, 6, 6)])
+def test_pass_at_k_is_the_mean_over_all_draws(correct, samples, k):
+  marks = [1] * correct + [0] * (samples - correct)
+  draws = [any(d) for d in itertools.combinations(marks, k)]
+  np.testing.assert_allclose(evaluate.pass_at_k(correct, samples, k),
+                             np.mean(draws))
+
+
+def test_pass_at_k_needs_k_samples():
+  with pytest.raises(ValueError, match='pass@5'):
+    evaluate.pass_at_k(1, 4, 5)
+
+
+@pytest.mark.parametrize('answers, rewards, expected', [
+    (['7', '7', '3'], [1, 1, 0], 1.), (['7', '3', '3'], [1, 0, 0], 0.),
+    (['7', '3'], [1, 0], .5), (['', '', '7'], [0, 0, 1], 1.),
+    (['', ''], [0, 0], 0.)])
+def test_majority(answers, rewards, expected):
+  assert evaluate.majority(answers, rewards) == expected
+
+
+def test_every_problem_is_scored_once_whatever_the_batch(monkeypatch):
+  config = conftest.tiny_config(task=dict(held_out=11))
+  task = tasks.make(config)
+  examples = task.held_out()['arithmetic']
+  assert len(examples) == 11
+  monkeypatch.setattr(evaluate, 'BATCH', 4)
+  batches = []
+
+  def oracle(group, wrong):
+    """A generator that solves all problems but the first `wrong`."""
+    answers = {e.prompt: (e.solution if i >= wrong else 'x')
+               for i, e in enumerate(examples)}
+    def generate(unused_params, prompts, valid, unused_key):
+      batches.append(len(prompts))
+      width = config.rollout.max_prompt + config.rollout.max_response
+      tokens = np.zeros((len(prompts) * group, width), np.int32)
+      for row, ids in enumerate(np.repeat(prompts, group, 0)):
+        text = answers[task.tokenizer.decode(ids[valid[row // group]])]
+        out = task.tokenizer.encode(text) + [1]
+        tokens[row, 6:6 + len(out)] = out
+      return tasks.types.Tokens(tokens, tokens > 0), None
+    return generate
+
+  import jax
+  rows = []
+  got = evaluate.evaluate(None, task, oracle(1, 3), oracle(3, 1), config,
+                          jax.random.key(0), rows)
+  np.testing.assert_allclose(got['val/arithmetic/greedy'], 8 / 11)
+  for name in ('avg@3', 'pass@1', 'pass@2', 'pass@3', 'maj@3'):
+    np.testing.assert_allclose(got[f'val/arithmetic/{name}'], 10 / 11)
+  assert set(batches) == {4} and len(batches) == 6
+  assert len(rows) == 11 + 33
+  assert [r['prompt'] for r in rows[:11]] == [e.prompt for e in examples]

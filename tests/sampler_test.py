@@ -1,0 +1,132 @@
+"""Sampling: scored log-probs, ended rows, greedy, top-k, top-p."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_rl import config as config_lib
+from mtp_rl import tokenizers, train_step
+from mtp_rl.rollout import sampler
+
+from tests import conftest
+
+V = 9
+TOKENIZER = tokenizers.CharTokenizer('abcdef')
+PROMPTS = ['abcdef', 'a', 'fed', 'cc']
+
+
+@functools.cache
+def _params():
+  net = train_step.network(conftest.tiny_config(), V)
+  params = net.init(jax.random.key(0), jnp.zeros((1, 4), int),
+                    jnp.ones((1, 4), bool))['params']
+  # Sharper logits than an untrained model's, so that rows end and differ.
+  params['embed']['embedding'] *= 30.
+  return params
+
+
+@functools.cache
+def _run(config, group=1, greedy=False, seed=0):
+  prompts, valid = sampler.pad_prompts(PROMPTS, TOKENIZER, 6)
+  tokens, logprobs = jax.jit(functools.partial(
+      sampler.generate, config=config, vocab_size=V, group=group,
+      greedy=greedy))(_params(), prompts, valid, jax.random.key(seed))
+  return jax.device_get((tokens, logprobs))
+
+
+@pytest.mark.parametrize('temperature', [1., .7])
+def test_sampler_log_probs_are_the_scored_ones(tiny, temperature):
+  config = tiny(rollout=dict(temperature=temperature, max_response=8))
+  tokens, sampled = _run(config, group=8)
+  scored = jax.jit(functools.partial(
+      train_step.score, config=config, vocab_size=V))(_params(), *tokens)
+  mask = tokens.valid[:, -8:]
+  assert mask.sum() > 50 and not mask.all()
+  np.testing.assert_allclose(sampled[mask], np.asarray(scored.main)[mask],
+                             atol=1e-5)
+
+
+def test_a_finished_row_never_changes(tiny):
+  tokens, sampled = _run(tiny(rollout=dict(max_response=8)), group=8)
+  response, valid = tokens.tokens[:, 6:], tokens.valid[:, 6:]
+  ended = 0
+  for row, there, logp in zip(response, valid, sampled):
+    ends = np.flatnonzero(row == tokenizers.EOS)
+    if len(ends):
+      ended += 1
+      assert there[:ends[0] + 1].all() and not there[ends[0] + 1:].any()
+      assert (row[ends[0] + 1:] == tokenizers.PAD).all()
+      assert (logp[ends[0] + 1:] == 0).all()
+    else:
+      assert there.all()
+  assert 0 < ended
+
+
+def test_prompts_stay_as_they_were_and_samples_are_adjacent(tiny):
+  tokens, _ = _run(tiny(rollout=dict(max_response=8)), group=8)
+  for i, text in enumerate(PROMPTS):
+    for row in range(8 * i, 8 * i + 8):
+      assert TOKENIZER.decode(tokens.tokens[row, :6]) == text
+      assert tokens.valid[row, :6].sum() == len(text)
+  assert len({tuple(r) for r in tokens.tokens[:8].tolist()}) > 1
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(tiny):
+  config = tiny(rollout=dict(max_response=8))
+  tokens, _ = _run(config, greedy=True)
+  net = train_step.network(config, V)
+  h, _ = net.apply({'params': _params()}, *tokens)
+  best = np.argmax(h @ _params()['embed']['embedding'].T, -1)
+  for row in range(len(PROMPTS)):
+    for column in range(6, 14):
+      if tokens.valid[row, column]:
+        assert tokens.tokens[row, column] == best[row, column - 1]
+
+
+def test_the_loop_stops_when_all_rows_are_done(tiny, monkeypatch):
+  """Where EOS comes first, one column is decoded, whatever max_response is."""
+  config = tiny(rollout=dict(max_response=8))
+  steps = []
+  categorical = jax.random.categorical
+  def eos(key, logits):
+    jax.debug.callback(lambda: steps.append(1))
+    return jnp.full_like(categorical(key, logits), tokenizers.EOS)
+  monkeypatch.setattr(jax.random, 'categorical', eos)
+  prompts, valid = sampler.pad_prompts(PROMPTS, TOKENIZER, 6)
+  tokens, _ = jax.jit(functools.partial(
+      sampler.generate, config=config, vocab_size=V))(
+          _params(), prompts, valid, jax.random.key(0))
+  jax.block_until_ready(tokens)
+  jax.effects_barrier()
+  assert len(steps) == 1
+  np.testing.assert_array_equal(tokens.valid[:, 6:].sum(1), [1] * 4)
+
+
+def test_restrict_by_hand():
+  logits = jnp.log(jnp.asarray([[.5, .3, .15, .05]]))
+  kept = lambda *a: np.isfinite(sampler.restrict(logits, *a))[0].tolist()
+  assert kept(0, 1.) == [True] * 4
+  assert kept(2, 1.) == [True, True, False, False]
+  assert kept(9, 1.) == [True] * 4
+  assert kept(0, .5) == [True, False, False, False]
+  assert kept(0, .6) == [True, True, False, False]
+  assert kept(0, 1e-9) == [True, False, False, False]
+  # Top-3 first: (.526, .316, .158), of which two hold .842.
+  assert kept(3, .83) == [True, True, False, False]
+  assert kept(3, .85) == [True, True, True, False]
+
+
+def test_top_k_one_is_greedy(tiny):
+  config = tiny(rollout=dict(max_response=8, top_k=1))
+  np.testing.assert_array_equal(_run(config, seed=3)[0].tokens,
+                                _run(config, greedy=True)[0].tokens)
+
+
+def test_long_and_empty_prompts_are_named():
+  with pytest.raises(config_lib.ConfigError, match='rollout.max_prompt=6'):
+    sampler.pad_prompts(['abcdefa'], TOKENIZER, 6)
+  with pytest.raises(config_lib.ConfigError, match='empty prompt'):
+    sampler.pad_prompts([''], TOKENIZER, 6)

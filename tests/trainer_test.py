@@ -1,0 +1,191 @@
+"""Whole runs on the tiny config: files, resume bit for bit, bad input."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_rl import checkpoint, metrics, sharding, train_step, trainer
+from mtp_rl import config as config_lib
+
+from tests import conftest
+
+
+def _rows(workdir, name='metrics.jsonl'):
+  keep = lambda r: {k: v for k, v in r.items()
+                    if not k.startswith(metrics.VOLATILE)}
+  return [keep(r) for r in metrics.read(os.path.join(workdir, name))]
+
+
+def _state(config, workdir):
+  """The latest RL state of a run, as NumPy arrays."""
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    steps = train_step.make(config, 14, mesh)
+    saved = checkpoint.Checkpoints(os.path.join(workdir, 'checkpoints', 'rl'), 9)
+    return jax.device_get(saved.restore(steps.abstract))
+
+
+def _identical(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def _config(**kw):
+  return conftest.tiny_config(
+      occ=dict(ema=.5), **kw, rl=dict(kl_coef=.01, tis_cap=2.))
+
+
+@pytest.fixture(scope='module', name='whole')
+def _whole(tmp_path_factory):
+  """An uninterrupted run."""
+  workdir = str(tmp_path_factory.mktemp('whole'))
+  return workdir, trainer.train(_config(), workdir)
+
+
+def test_a_run_leaves_what_it_promises(whole):
+  workdir, summary = whole
+  assert summary['status'] == 'complete' and summary['step'] == 4
+  rows = _rows(workdir)
+  assert [r['step'] for r in rows] == [0, 1, 2, 3, 4]
+  assert {'val/arithmetic/greedy', 'val/arithmetic/avg@2',
+          'val/arithmetic/maj@2'} <= rows[0].keys()
+  names = rows[4].keys()
+  assert {'reward/mean', 'actor/pg_loss', 'actor/pg_clipfrac', 'actor/ppo_kl',
+          'actor/entropy', 'actor/kl_loss', 'grad_norm/policy', 'grad_norm/mtp',
+          'response_length/mean', 'response_length/clip_ratio', 'occ/lambda',
+          'occ/dot', 'occ/d_rl_norm', 'occ/d_mtp_norm', 'occ/cos', 'mtp_1/loss',
+          'mtp_1/pg_loss', 'mtp_1/accept_top1', 'mtp_1/accept_expected',
+          'rollout/logprob_gap_max', 'val/arithmetic/greedy'} <= names
+  assert all(r['rollout/logprob_gap_max'] < 1e-4 for r in rows[1:])
+  assert [r['step'] for r in _rows(workdir, 'warmup.jsonl')] == [4]
+  for name in ('learning', 'occ', 'acceptance', 'samples'):
+    with open(os.path.join(workdir, 'figures', name + '.png'), 'rb') as f:
+      assert f.read(4) == b'\x89PNG'
+  assert os.listdir(os.path.join(workdir, 'events'))
+  with open(os.path.join(workdir, 'summary.json'), encoding='utf-8') as f:
+    assert json.load(f) == summary
+  assert config_lib.load(os.path.join(workdir, 'config.json')) == _config()
+
+
+@pytest.mark.parametrize('kind', ['stop', 'kill', 'stop in warm-up'])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    kind, whole, tmp_path, monkeypatch):
+  workdir, _ = whole
+  config, again = _config(), str(tmp_path)
+  write, calls = metrics.Writer.write, []
+
+  def interrupt(self, step, values):
+    row = write(self, step, values)
+    calls.append(step)
+    if kind == 'kill' and step == 3:  # after step 2's checkpoint
+      raise KeyboardInterrupt
+    if kind == 'stop' and step == 1 and 'reward/mean' in values:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return row
+
+  with monkeypatch.context() as patched:
+    patched.setattr(metrics.Writer, 'write', interrupt)
+    if kind == 'stop in warm-up':
+      update = trainer.sampler.pad_supervised
+      def pad(*args):
+        calls.append(1)
+        if len(calls) == 3:
+          os.kill(os.getpid(), signal.SIGINT)
+        return update(*args)
+      patched.setattr(trainer.sampler, 'pad_supervised', pad)
+    if kind == 'kill':
+      with pytest.raises(KeyboardInterrupt):
+        trainer.train(config, again)
+    else:
+      assert trainer.train(config, again)['status'] == 'interrupted'
+  assert len(_rows(again)) < 5
+  assert trainer.train(config, again)['status'] == 'complete'
+  _identical(_state(config, again), _state(config, workdir))
+  assert _rows(again) == _rows(workdir)
+  assert _rows(again, 'samples.jsonl') == _rows(workdir, 'samples.jsonl')
+
+
+def test_a_finished_run_only_draws_its_figures_again(whole, monkeypatch):
+  workdir, summary = whole
+  before = _rows(workdir)
+  assert trainer.train(_config(), workdir) == summary
+  assert _rows(workdir) == before
+
+
+def test_rl_from_another_runs_warm_up_is_the_same_run(whole, tmp_path):
+  workdir, _ = whole
+  config = _config(warmup=dict(init=workdir))
+  trainer.train(config, str(tmp_path))
+  _identical(_state(config, str(tmp_path)).params,
+             _state(_config(), workdir).params)
+
+
+def test_a_checkpoint_can_be_scored(whole):
+  workdir, summary = whole
+  values, path = trainer.score_checkpoint(workdir, 'rl', None, 2)
+  for name, value in summary['last'].items():
+    if name.startswith('val/'):
+      assert values[name] == value
+  rows = metrics.read(path + 'l')
+  assert len(rows) == 16 * (1 + 2) and rows[0]['mode'] == 'greedy'
+  first, _ = trainer.score_checkpoint(workdir, 'warmup', None, 2)
+  for name, value in summary['after_warmup'].items():
+    if name.startswith('val/'):
+      assert first[name] == value
+
+
+def _refused(config, workdir, said):
+  with pytest.raises(config_lib.ConfigError, match=said) as error:
+    trainer.train(config, str(workdir))
+  assert '\n' not in str(error.value)
+
+
+def test_another_config_in_the_same_workdir_is_refused(whole):
+  workdir, _ = whole
+  config = _config()
+  config.rl.lr, config.mtp.regime = .5, 'detach'
+  _refused(config, workdir, 'differs in mtp.regime, rl.lr')
+  before = _rows(workdir)
+  assert len(before) == 5
+
+
+def test_a_damaged_checkpoint_is_named(whole, tmp_path):
+  import shutil
+  workdir, _ = whole
+  copy = tmp_path / 'copy'
+  shutil.copytree(workdir, copy)
+  for path in (copy / 'checkpoints' / 'rl').rglob('*'):
+    if path.is_file() and path.stat().st_size > 0 and 'd' in path.parts[-2:-1]:
+      path.write_bytes(b'\0' * 10)
+  _refused(_config(), copy, 'checkpoints/rl/4 cannot be restored')
+
+
+def test_a_foreign_checkpoint_is_named(whole, tmp_path):
+  workdir, _ = whole
+  config = _config(model=dict(d_ff=48), warmup=dict(init=workdir))
+  _refused(config, tmp_path, 'd_ff|shape')
+  config = _config(warmup=dict(init=str(tmp_path / 'nothing')))
+  _refused(config, tmp_path / 'other', 'nothing')
+
+
+def test_unwritable_workdir_and_too_large_mesh_are_named(tmp_path):
+  blocked = tmp_path / 'file'
+  blocked.write_text('')
+  _refused(_config(), blocked / 'run', 'cannot be written')
+  config = conftest.tiny_config(mesh=dict(data=16),
+                                rl=dict(prompts=32, minibatches=2),
+                                warmup=dict(batch=16))
+  _refused(config, tmp_path / 'run', 'needs 16 devices')
+
+
+@pytest.mark.parametrize('sections, said', [
+    (dict(rollout=dict(max_prompt=3)), 'rollout.max_prompt=3'),
+    (dict(rollout=dict(max_response=3)), 'rollout.max_response=3'),
+    (dict(task=dict(min_terms=1, max_terms=1)), 'empty')])
+def test_a_task_that_does_not_fit_is_refused_before_any_work(
+    sections, said, tmp_path):
+  _refused(conftest.tiny_config(**sections), tmp_path, said)
+  assert not (tmp_path / 'checkpoints').exists()
