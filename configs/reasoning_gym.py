@@ -1,4 +1,4 @@
-"""basic_arithmetic of reasoning-gym: warm-up on its answers, RL with OCC.
+"""spell_backward of reasoning-gym: warm-up on its answers, RL with OCC.
 
     python -m experiments.train --config=configs/reasoning_gym.py --workdir=DIR
 """
@@ -9,16 +9,15 @@ from mtp_rl import config as config_lib
 def get_config(presets='dapo'):
   """Return the config; `presets` is the text after the colon of --config."""
   config = config_lib.Config()
-  config.model = config_lib.Model(d_model=96, n_layers=2, n_heads=4,
-                                  n_kv_heads=2, d_ff=256)
+  config.model = config_lib.Model(d_model=64, n_layers=2, n_heads=4,
+                                  n_kv_heads=2, d_ff=192)
   config.task = config_lib.Task(
-      name='reasoning_gym', dataset='basic_arithmetic', size=12000,
-      options='{"min_terms": 3, "max_terms": 3, "min_digits": 1, '
-              '"max_digits": 1, "operators": ["+", "-"], '
-              '"allow_parentheses": false, "allow_negation": false}')
-  config.rollout = config_lib.Rollout(max_prompt=24, max_response=6)
-  config.warmup = config_lib.Warmup(steps=350, batch=128, lr=3e-3)
-  config.rl = config_lib.RL(steps=200, prompts=32, group=16, minibatches=4,
-                            lr=2e-4)
-  config.optim = config_lib.Optim(schedule='linear')
+      name='reasoning_gym', dataset='spell_backward', size=8000,
+      options='{"min_word_len": 5, "max_word_len": 5}')
+  config.rollout = config_lib.Rollout(max_prompt=60, max_response=8)
+  config.warmup = config_lib.Warmup(steps=250, batch=64, lr=4e-3)
+  config.rl = config_lib.RL(steps=200, prompts=32, group=8, minibatches=4,
+                            lr=6e-4)
+  config.eval = config_lib.Eval(every=10)
+  config.optim = config_lib.Optim(schedule='linear', warmup=10)
   return config_lib.preset(config, presets)

@@ -7,6 +7,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from mtp_rl import config as config_lib
+from mtp_rl import tree as tree_lib
 
 _FORMAT = 'mtp_rl TrainState 1'
 
@@ -81,9 +82,7 @@ class Checkpoints:
 
 def _leaves(tree):
   paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {'/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(
-      k, 'idx', k)))) for k in path): tuple(leaf.shape)
-          for path, leaf in paths}
+  return {tree_lib.path(keys): tuple(leaf.shape) for keys, leaf in paths}
 
 
 def _compare(saved, abstract):

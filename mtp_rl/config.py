@@ -8,7 +8,6 @@ flag parser, a combination that cannot work by `validate`.
 import dataclasses
 import json
 import math
-from typing import Any
 
 from mtp_rl import masked
 
@@ -367,7 +366,8 @@ def validate(config):
       'run': ('checkpoint_every', 'keep'), 'task': ('held_out', 'timeout_s'),
   }
   natural = {
-      'model': ('head_dim', 'head_chunk'), 'mtp': ('heads', 'coef', 'head_coef'),
+      'model': ('head_dim', 'head_chunk'),
+      'mtp': ('heads', 'coef', 'head_coef'),
       'rl': ('steps', 'clip_low', 'clip_high', 'dual_clip', 'kl_coef',
              'tis_cap'),
       'optim': ('weight_decay', 'clip', 'warmup'),

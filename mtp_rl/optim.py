@@ -30,9 +30,7 @@ def schedule(lr, optim, updates):
 def decayed(params):
   """Return a tree of bools: True at matrices, which weight decay acts on."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, x: str(getattr(path[-1], 'key', '')) in ('kernel',
-                                                           'embedding'),
-      params)
+      lambda keys, _: tree.path(keys[-1:]) in ('kernel', 'embedding'), params)
 
 
 def make(optim, rate, train_head=True):

@@ -7,9 +7,11 @@ The same code runs on one CPU and on a slice: a mesh of ones is a mesh.
 import re
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mtp_rl import config as config_lib
+from mtp_rl import tree as tree_lib
 
 AXES = ('data', 'fsdp', 'model')
 BATCH = ('data', 'fsdp')
@@ -66,16 +68,11 @@ def spec(path, shape, mesh):
   return P()
 
 
-def _path(keys):
-  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
-                  for k in keys)
-
-
 def tree_shardings(tree, mesh):
   """Return a NamedSharding for every leaf of a tree of (abstract) arrays."""
   return jax.tree_util.tree_map_with_path(
-      lambda keys, x: NamedSharding(mesh, spec(_path(keys), x.shape, mesh)),
-      tree)
+      lambda keys, x: NamedSharding(
+          mesh, spec(tree_lib.path(keys), x.shape, mesh)), tree)
 
 
 def batch_sharding(mesh):

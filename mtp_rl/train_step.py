@@ -11,18 +11,19 @@ denominator are the same for any number of microbatches or devices.
 """
 
 import functools
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mtp_rl import masked, occ, optim, sharding, tree, types
 from mtp_rl.models import mtp as mtp_model
 from mtp_rl.models import transformer
-from mtp_rl.objectives import logprobs
+from mtp_rl.objectives import logprobs, policy
 from mtp_rl.objectives import mtp as mtp_loss
-from mtp_rl.objectives import policy
 
 SEPARATE = ('rl_only', 'detach')  # no MTP gradient reaches theta
 POLICY = ('policy', 'occ', 'occ_authors')  # the MTP loss is the RL loss

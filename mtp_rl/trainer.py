@@ -19,9 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from mtp_rl import checkpoint, evaluate, metrics, plots, sharding, train_step
+from mtp_rl import (
+  checkpoint,
+  evaluate,
+  metrics,
+  plots,
+  sharding,
+  tasks,
+  tokenizers,
+  train_step,
+)
 from mtp_rl import config as config_lib
-from mtp_rl import tasks, tokenizers
 from mtp_rl.rollout import experience, sampler
 
 # Fields that may change between the runs of one workdir.
@@ -300,7 +308,8 @@ def finish(run, done):
            f', regime {config.mtp.regime}, seed {config.seed}')
   plots.draw_all(rows, metrics.read(run.path('samples.jsonl')),
                  run.path('figures'), title)
-  held_out = [{k: v for k, v in r.items() if k.startswith('val/')} for r in rows]
+  held_out = [{k: v for k, v in r.items() if k.startswith('val/')}
+              for r in rows]
   held_out = [v for v in held_out if v] or [{}]
   summary = {
       'status': 'complete' if done else 'interrupted',
@@ -313,11 +322,18 @@ def finish(run, done):
   return summary
 
 
+@contextlib.contextmanager
+def _running(run):
+  with (jax.set_mesh(run.mesh), contextlib.closing(run.task),
+        interruptible() as stopped):
+    yield stopped
+
+
 def pretrain(config, workdir):
   """Run the warm-up alone; return whether it is done."""
   run = setup(config, workdir)
-  with jax.set_mesh(run.mesh), contextlib.closing(run.task), interruptible() as s:
-    return warmup(run, s) is not None
+  with _running(run) as stopped:
+    return warmup(run, stopped) is not None
 
 
 def train(config, workdir):
@@ -331,9 +347,9 @@ def train(config, workdir):
     config.ConfigError: one sentence on what is wrong and its mend.
   """
   run = setup(config, workdir)
-  with jax.set_mesh(run.mesh), contextlib.closing(run.task), interruptible() as s:
-    params = warmup(run, s)
-    done = params is not None and rl(run, params, s)
+  with _running(run) as stopped:
+    params = warmup(run, stopped)
+    done = params is not None and rl(run, params, stopped)
   return finish(run, done)
 
 

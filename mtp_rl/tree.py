@@ -10,6 +10,12 @@ import jax.numpy as jnp
 HEAD = 'mtp'
 
 
+def path(keys):
+  """Return a key path of jax.tree_util as names joined by '/'."""
+  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(
+      k, 'idx', k)))) for k in keys)
+
+
 def dot(a, b):
   """Return the inner product <a, b> of two trees, summed in float32."""
   products = jax.tree.map(

@@ -5,7 +5,6 @@ import math
 import pytest
 
 from mtp_rl import config as config_lib
-
 from tests import conftest
 
 

@@ -1,7 +1,6 @@
 """Eight host devices and one compilation cache for the whole test session."""
 
-import os
-import tempfile
+import pathlib
 
 import jax
 import pytest
@@ -9,8 +8,8 @@ import pytest
 from mtp_rl import config as config_lib
 
 jax.config.update('jax_num_cpu_devices', 8)
-jax.config.update('jax_compilation_cache_dir', os.path.join(
-    tempfile.gettempdir(), f'mtp_rl_test_cache_{jax.__version__}'))
+jax.config.update('jax_compilation_cache_dir', str(
+    pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from mtp_rl import evaluate, tasks
-
 from tests import conftest
 
 

@@ -8,7 +8,6 @@ import pytest
 from mtp_rl import train_step
 from mtp_rl.objectives import logprobs
 from mtp_rl.objectives import mtp as mtp_loss
-
 from tests import conftest
 
 
@@ -43,7 +42,8 @@ def test_heads_are_read_where_they_predict_the_token(heads):
             for _ in range(heads + 1)]
   matrix = rng.normal(size=(d, v)).astype(np.float32)
   tokens = rng.integers(0, v, (b, t))
-  out = logprobs.token_logprobs(states[0], states[1:], matrix, matrix, tokens, s)
+  out = logprobs.token_logprobs(states[0], states[1:], matrix, matrix, tokens,
+                                s)
   for k in range(heads + 1):
     for row in range(b):
       for j in range(s):
@@ -116,8 +116,9 @@ def test_no_array_of_tokens_times_vocabulary_is_alive(chunk, alive):
   """Forward and backward of the training graph, every intermediate of it."""
   vocab = 97
   config = conftest.tiny_config(model=dict(head_chunk=chunk))
-  params = train_step.network(config, vocab).init(
-      jax.random.key(0), jnp.zeros((1, 3), int), jnp.ones((1, 3), bool))['params']
+  net = train_step.network(config, vocab)
+  params = net.init(jax.random.key(0), jnp.zeros((1, 3), int),
+                    jnp.ones((1, 3), bool))['params']
   tokens = jnp.zeros((8, 12), jnp.int32)
   def loss(p):
     out = train_step.score(p, tokens, tokens == 0, config=config,

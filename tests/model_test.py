@@ -8,7 +8,6 @@ import pytest
 from mtp_rl import train_step, tree
 from mtp_rl.models import transformer
 from mtp_rl.objectives import logprobs
-
 from tests import conftest
 
 V, R, S = 11, 5, 4
@@ -67,8 +66,9 @@ def test_padding_and_other_rows_change_nothing(tiny):
                              atol=1e-6)
   for row in range(len(tokens)):  # the row alone, without its padding
     keep = np.flatnonzero(valid[row])
-    alone, ahead_alone = net.apply({'params': params}, tokens[row:row + 1, keep],
-                                   np.ones((1, len(keep)), bool))
+    alone, ahead_alone = net.apply(
+        {'params': params}, tokens[row:row + 1, keep],
+        np.ones((1, len(keep)), bool))
     np.testing.assert_allclose(alone[0], full[row, keep], atol=1e-5)
     for k in (1, 2):  # depth k at i needs the valid token i + k
       n = max(len(keep) - k, 0)

@@ -70,8 +70,10 @@ def test_no_perturbation_gives_a_finite_bounded_lambda():
   zero = occ.Products(jnp.zeros(1), jnp.zeros((1, 1)), jnp.ones(()))
   config = config_lib.OCC()
   assert occ.coefficient(zero, config) == 0
-  tiny = occ.Products(jnp.full(1, 1e-3), jnp.full((1, 1), 1e-30), jnp.ones(()))
-  lam, _ = occ.track(occ.initial_state(1), occ.coefficient(tiny, config), config)
+  tiny = occ.Products(jnp.full(1, 1e-3), jnp.full((1, 1), 1e-30),
+                      jnp.ones(()))
+  lam, _ = occ.track(occ.initial_state(1), occ.coefficient(tiny, config),
+                     config)
   assert lam == config.lambda_max
 
 

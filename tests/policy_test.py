@@ -69,7 +69,8 @@ def test_gspo_clip_on_both_sides(d, advantage, clipped):
   loss, grad = _loss_and_grad(d, advantage, rl)
   if clipped:
     bound = 1 + 4e-4 if d > 0 else 1 - 3e-4
-    np.testing.assert_allclose((loss, grad), (-advantage * bound, 0.), rtol=1e-6)
+    np.testing.assert_allclose((loss, grad), (-advantage * bound, 0.),
+                               rtol=1e-6)
   else:
     np.testing.assert_allclose((loss, grad), [-advantage * np.exp(d)] * 2,
                                rtol=1e-5)

@@ -10,7 +10,6 @@ import pytest
 from mtp_rl import config as config_lib
 from mtp_rl import tokenizers, train_step
 from mtp_rl.rollout import sampler
-
 from tests import conftest
 
 V = 9
@@ -62,7 +61,7 @@ def test_a_finished_row_never_changes(tiny):
       assert (logp[ends[0] + 1:] == 0).all()
     else:
       assert there.all()
-  assert 0 < ended
+  assert ended > 0
 
 
 def test_prompts_stay_as_they_were_and_samples_are_adjacent(tiny):

@@ -24,9 +24,9 @@ def test_arithmetic_solutions_are_running_sums():
     assert example.solution == _sums(example.prompt)
     assert example.answer == example.solution[-1]
     assert 4 <= len(example.prompt) - 1 <= 6
-  assert task.rewards(
-      [example] * 5, [example.solution, f' {example.answer} ', '', 'x' +
-                      example.answer, _sums('99=')[:1] + 'a']) == [1, 1, 0, 0, 0]
+  texts = [example.solution, f' {example.answer} ', '', 'x' + example.answer,
+           example.answer + 'a']
+  assert task.rewards([example] * 5, texts) == [1, 1, 0, 0, 0]
 
 
 def test_prompts_are_a_function_of_seed_and_step():
@@ -54,7 +54,8 @@ def test_noise_is_as_ordered():
       for i in range(1, len(e.solution)):
         fact = int(e.solution[i - 1]), int(e.prompt[i])
         right = str(sum(fact) % 10)
-        seen.setdefault(fact, []).append((e.solution[i] == right, e.solution[i]))
+        seen.setdefault(fact, []).append(
+            (e.solution[i] == right, e.solution[i]))
   noisy = {f: v for f, v in seen.items() if not all(ok for ok, _ in v)}
   assert len(seen) == 100 and len(noisy) == 40
   for values in noisy.values():

@@ -1,76 +1,33 @@
 """The update: pullbacks, regimes, accumulation, sharding, curvature."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_rl import config as config_lib
-from mtp_rl import occ, sharding, train_step, tree, types
-from mtp_rl.objectives import logprobs
+from mtp_rl import occ, train_step, tree
+from mtp_rl.objectives import logprobs, policy
 from mtp_rl.objectives import mtp as mtp_loss
-from mtp_rl.objectives import policy
+from tests import batches
 
-from tests import conftest
-
-V, ROWS, R, S = 13, 16, 6, 6
-REGIMES = config_lib.REGIMES + ('curvature',)
-
-
-def _config(regime='occ', **sections):
-  """A tiny config of a regime; 'curvature' is occ with that estimator."""
-  mtp = dict(regime=regime, coef=.3, **sections.pop('mtp', {}))
-  extra = {}
-  if regime == 'curvature':
-    mtp['regime'] = 'occ'
-    extra['occ'] = dict(estimator='curvature', eta=.1)
-  return conftest.tiny_config(mtp=mtp, **{**extra, **sections})
-
-
-@functools.cache
-def _params(heads=1):
-  net = train_step.network(_config(mtp=dict(heads=heads)), V)
-  return net.init(jax.random.key(0), jnp.zeros((1, 5), int),
-                  jnp.ones((1, 5), bool))['params']
-
-
-@functools.cache
-def _batch(heads=1, seed=0):
-  """Ragged prompts and responses, one of them empty; old log-probs near."""
-  rng = np.random.default_rng(seed)
-  valid = np.zeros((ROWS, R + S), bool)
-  for row in range(ROWS):
-    valid[row, R - rng.integers(1, R + 1):R + rng.integers(1, S + 1)] = True
-  valid[3, R:] = False
-  tokens = np.where(valid, rng.integers(3, V, valid.shape), 0).astype(np.int32)
-  out = jax.tree.map(np.asarray, jax.jit(functools.partial(
-      train_step.score, config=_config(mtp=dict(heads=heads)), vocab_size=V))(
-          _params(heads), tokens, valid))
-  noise = lambda x: (x + rng.normal(size=x.shape) * .2).astype(np.float32)
-  old = noise(out.main)
-  return types.RolloutBatch(
-      tokens, valid, valid[:, R:],
-      np.repeat(rng.normal(size=(ROWS, 1)), S, 1).astype(np.float32), old,
-      noise(out.heads), noise(old), noise(old))
-
+V, S = batches.V, batches.S
 
 def _gradients(config, heads=1, params=None):
   """The combined gradient of a config, the tracked state and the metrics."""
   state = occ.initial_state(heads)
-  params = params or _params(heads)
+  params = params or batches.params(heads)
   if config.occ.estimator == 'curvature':
     run = lambda p, b: train_step.curvature_gradients(
         p, b, state, jnp.float32(config.occ.eta), config, V)
   else:
     run = lambda p, b: train_step.pullback_gradients(p, b, state, config, V)
-  return jax.jit(run)(params, _batch(heads))
+  return jax.jit(run)(params, batches.batch(heads))
 
 
 def _losses(config, heads=1):
   """L_RL and the L_MTP of each kind as functions of all parameters."""
-  batch = _batch(heads)
+  batch = batches.batch(heads)
   mask = logprobs.head_mask(batch.valid, S, heads)
   def scored(p):
     return train_step.score(p, batch.tokens, batch.valid, config=config,
@@ -86,16 +43,11 @@ def _losses(config, heads=1):
   return l_rl, {'ce': l_ce, 'policy': l_pg}
 
 
-def _close(a, b, rtol=2e-5, atol=2e-6):
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol,
-                                                       atol=atol), a, b)
-
-
 @pytest.mark.parametrize('regime, heads, head_loss', [
     ('ce', 1, 'joint'), ('policy', 2, 'joint'), ('policy', 1, 'ce'),
     ('occ', 1, 'ce'), ('occ', 2, 'policy')])
 def test_one_pullback_is_the_sum_of_the_gradients(regime, heads, head_loss):
-  config = _config(regime, mtp=dict(heads=heads, head_loss=head_loss,
+  config = batches.config(regime, mtp=dict(heads=heads, head_loss=head_loss,
                                     reference='mtp_old'),
                    rl=dict(entropy_coef=.1, kl_coef=.05, tis_cap=1.1))
   got, _, metrics = _gradients(config, heads)
@@ -109,44 +61,46 @@ def test_one_pullback_is_the_sum_of_the_gradients(regime, heads, head_loss):
     lam = np.full(heads, .3 / heads)
   own = lam if head_loss == 'joint' else np.full(heads, 1. / heads)
   theta = jax.jit(jax.grad(lambda p: l_rl(p) + lam @ l_mtp[kind](p)))(
-      _params(heads))
+      batches.params(heads))
   own_kind = kind if head_loss == 'joint' else head_loss
-  psi = jax.jit(jax.grad(lambda p: own @ l_mtp[own_kind](p)))(_params(heads))
-  _close(tree.shared(got), tree.shared(theta))
-  _close(tree.head(got), tree.head(psi))
+  psi = jax.jit(jax.grad(lambda p: own @ l_mtp[own_kind](p)))(
+      batches.params(heads))
+  batches.assert_close(tree.shared(got), tree.shared(theta))
+  batches.assert_close(tree.head(got), tree.head(psi))
 
 
 @pytest.mark.parametrize('regime', ['rl_only', 'detach'])
 def test_separate_regimes_leave_theta_to_rl(regime):
-  config = _config(regime)
+  config = batches.config(regime)
   got, _, _ = _gradients(config)
   l_rl, l_mtp = _losses(config)
-  _close(tree.shared(got), tree.shared(jax.jit(jax.grad(l_rl))(_params())))
+  plain = jax.jit(jax.grad(l_rl))(batches.params())
+  batches.assert_close(tree.shared(got), tree.shared(plain))
   if regime == 'rl_only':
     assert float(tree.norm(tree.head(got))) == 0
   else:
-    psi = jax.jit(jax.grad(lambda p: l_mtp['ce'](p).sum()))(_params())
-    _close(tree.head(got), tree.head(psi))
+    psi = jax.jit(jax.grad(lambda p: l_mtp['ce'](p).sum()))(batches.params())
+    batches.assert_close(tree.head(got), tree.head(psi))
 
 
 def test_reference_and_negative_lambda_reach_the_metrics():
-  main = _gradients(_config('occ'))[2]
-  mtp = _gradients(_config('occ', mtp=dict(reference='mtp_old')))[2]
+  main = _gradients(batches.config('occ'))[2]
+  mtp = _gradients(batches.config('occ', mtp=dict(reference='mtp_old')))[2]
   assert main['occ/d_rl_norm'] == mtp['occ/d_rl_norm'] > 0
   assert main['occ/d_mtp_norm'] != mtp['occ/d_mtp_norm']
   np.testing.assert_allclose(
-      main['occ/lambda'], main['occ/dot'] / (main['occ/d_mtp_norm'] ** 2 + 1e-8),
-      rtol=1e-5)
+      main['occ/lambda'],
+      main['occ/dot'] / (main['occ/d_mtp_norm'] ** 2 + 1e-8), rtol=1e-5)
 
 
 def test_authors_lambda_scales_the_advantages():
   """lambda A enters the clipped loss, so its sign chooses the clip."""
-  config = _config('occ_authors', mtp=dict(head_loss='joint'),
+  config = batches.config('occ_authors', mtp=dict(head_loss='joint'),
                    occ=dict(lambda_plus=5.))
   got, _, metrics = _gradients(config)
-  batch, lam = _batch(), float(metrics['occ/lambda'])
-  out = train_step.score(_params(), batch.tokens, batch.valid, config=config,
-                         vocab_size=V)
+  batch, lam = batches.batch(), float(metrics['occ/lambda'])
+  out = train_step.score(batches.params(), batch.tokens, batch.valid,
+                         config=config, vocab_size=V)
   mask = logprobs.head_mask(batch.valid, S, 1)
   ratio = lambda x, old, m: np.where(m, x - old, 0.)
   d_rl = ratio(out.main, batch.old_main, batch.mask)
@@ -159,14 +113,15 @@ def test_authors_lambda_scales_the_advantages():
     return policy.policy_loss(heads, batch.old_main, lam * batch.advantages,
                               mask[..., 0], config.rl).loss
   l_rl, _ = _losses(config)
-  _close(got, jax.jit(jax.grad(lambda p: l_rl(p) + loss(p)))(_params()))
+  plain = jax.jit(jax.grad(lambda p: l_rl(p) + loss(p)))(batches.params())
+  batches.assert_close(got, plain)
 
 
 def test_exact_products_are_those_of_plain_gradients():
-  config = _config('curvature', mtp=dict(heads=2))
+  config = batches.config('curvature', mtp=dict(heads=2))
   got, _, metrics = _gradients(config, 2)
   l_rl, l_mtp = _losses(config, 2)
-  theta, psi = tree.shared(_params(2)), tree.head(_params(2))
+  theta, psi = tree.shared(batches.params(2)), tree.head(batches.params(2))
   up = lambda f: (lambda t: -f({**t, **psi}))
   g_rl = jax.jit(jax.grad(up(l_rl)))(theta)
   jac = jax.jit(jax.jacrev(up(l_mtp['policy'])))(theta)
@@ -177,16 +132,16 @@ def test_exact_products_are_those_of_plain_gradients():
                              sum(float(tree.dot(x, x)) for x in g), rtol=1e-4)
   lam = [float(metrics[f'occ/lambda_{k + 1}']) for k in range(2)]
   expected = tree.axpy(lam[1], g[1], tree.axpy(lam[0], g[0], g_rl))
-  _close(tree.shared(got), jax.tree.map(jnp.negative, expected))
+  batches.assert_close(tree.shared(got), jax.tree.map(jnp.negative, expected))
 
 
 def test_hessian_vector_product_is_the_central_difference():
   # Without clips: a difference across a kink measures the jump, not H.
-  config = _config('curvature', rl=dict(clip_low=1., clip_high=1e6,
+  config = batches.config('curvature', rl=dict(clip_low=1., clip_high=1e6,
                                         dual_clip=0.))
   _, _, metrics = _gradients(config)
   l_rl, l_mtp = _losses(config)
-  theta, psi = tree.shared(_params()), tree.head(_params())
+  theta, psi = tree.shared(batches.params()), tree.head(batches.params())
   grad = jax.jit(jax.grad(lambda t: -l_rl({**t, **psi})))
   g = jax.jit(jax.grad(lambda t: -l_mtp['policy']({**t, **psi})[0]))(theta)
   # Richardson: two central differences, the error of order h^2 cancelled.
@@ -218,57 +173,10 @@ def test_hessian_vector_product_is_the_central_difference():
 def test_accumulated_is_whole(regime):
   sections = dict(rl=dict(loss='gspo', dual_clip=0., clip_low=.05,
                           clip_high=.05, aggregation='seq-mean-token-mean'))
-  whole = _gradients(_config(regime, **sections))
+  whole = _gradients(batches.config(regime, **sections))
   sections['rl'] |= dict(microbatches=4)
-  parts = _gradients(_config(regime, **sections))
-  _close(whole[0], parts[0])
+  parts = _gradients(batches.config(regime, **sections))
+  batches.assert_close(whole[0], parts[0])
   for name, value in whole[2].items():
     np.testing.assert_allclose(parts[2][name], value, rtol=2e-4, atol=1e-6,
                                err_msg=name)
-
-
-@functools.cache
-def _three_updates(regime, data=1, fsdp=1, model=1):
-  """Parameters before, the state after three updates, and last metrics."""
-  config = _config(regime, mesh=dict(data=data, fsdp=fsdp, model=model))
-  mesh = sharding.make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
-    steps = train_step.make(config, V, mesh)
-    state = steps.init(jax.random.key(0))
-    before = jax.device_get(state.params)
-    for seed in range(3):
-      state, metrics = steps.update(state, _batch(config.mtp.heads, seed))
-    return before, jax.device_get(state), jax.device_get(metrics)
-
-
-@pytest.mark.parametrize('regime', REGIMES)
-def test_a_mesh_of_8_is_no_mesh(regime):
-  _, one, seen = _three_updates(regime)
-  _, many, seen_many = _three_updates(regime, data=2, fsdp=2, model=2)
-  _close(one.params, many.params, rtol=1e-5, atol=1e-5)
-  # The authors' mean of ratios divides by single deltas near zero.
-  rtol = 1e-3 if regime == 'occ_authors' else 1e-4
-  for name, value in seen.items():
-    np.testing.assert_allclose(seen_many[name], value, rtol=rtol, atol=1e-5,
-                               err_msg=name)
-
-
-def test_parameters_are_really_sharded():
-  config = _config(mesh=dict(data=2, fsdp=2, model=2))
-  mesh = sharding.make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
-    state = train_step.make(config, V, mesh).init(jax.random.key(0))
-  kernel = state.params['blocks']['layers']['gate']['kernel']
-  assert kernel.addressable_shards[0].data.shape == (2, 8, 16)  # of 2, 16, 32
-  moments = [x for path, x in jax.tree_util.tree_flatten_with_path(
-      state.opt_state)[0] if 'gate' in str(path) and 'mu' in str(path)]
-  assert moments[0].sharding == kernel.sharding
-
-
-def test_rl_only_leaves_the_head_untouched_and_detach_does_not():
-  for regime, moves in (('rl_only', False), ('detach', True)):
-    before, after, _ = _three_updates(regime)
-    gap = lambda part: float(tree.norm(jax.tree.map(
-        np.subtract, part(after.params), part(before.params))))
-    assert gap(tree.shared) > 0
-    assert (gap(tree.head) > 0) == moves

@@ -10,7 +10,6 @@ import pytest
 
 from mtp_rl import checkpoint, metrics, sharding, train_step, trainer
 from mtp_rl import config as config_lib
-
 from tests import conftest
 
 
@@ -25,7 +24,8 @@ def _state(config, workdir):
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     steps = train_step.make(config, 14, mesh)
-    saved = checkpoint.Checkpoints(os.path.join(workdir, 'checkpoints', 'rl'), 9)
+    saved = checkpoint.Checkpoints(
+        os.path.join(workdir, 'checkpoints', 'rl'), 9)
     return jax.device_get(saved.restore(steps.abstract))
 
 

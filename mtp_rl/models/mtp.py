@@ -31,7 +31,8 @@ class Module(nn.Module):
     pair = (h, e) if self.concat == 'h_emb' else (e, h)
     u = transformer.Linear(m.d_model, dtype=jnp.dtype(m.dtype), name='proj')(
         jnp.concatenate(pair, -1))
-    (x, _), _ = transformer.Block(m, name='block')((u, None), 0, angles, mask, 0)
+    block = transformer.Block(m, name='block')
+    (x, _), _ = block((u, None), 0, angles, mask, 0)
     return transformer.RMSNorm(m.norm_eps, name='final_norm')(x)
 
 

@@ -36,7 +36,8 @@ class Linear(nn.Module):
   def __call__(self, x):
     kernel = self.param('kernel', nn.initializers.lecun_normal(),
                         (x.shape[-1], self.features))
-    y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
+    y = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+    y = y @ kernel.astype(self.dtype)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)

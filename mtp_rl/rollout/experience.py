@@ -83,7 +83,8 @@ def describe(batch, old, rewards, group):
   out = {
       'reward/mean': rewards.mean(), 'reward/std': rewards.std(),
       'reward/varied_groups': (spread > 0).mean(),
-      'response_length/mean': length.mean(), 'response_length/max': length.max(),
+      'response_length/mean': length.mean(),
+      'response_length/max': length.max(),
       # The last column is an EOS, or the completion was cut off.
       'response_length/clip_ratio': (
           full & (batch.tokens[:, -1] != sampler.tokenizers.EOS)).mean(),

@@ -1,0 +1,58 @@
+"""Configs, parameters and ragged batches that the step's tests share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_rl import config as config_lib
+from mtp_rl import train_step, types
+from tests import conftest
+
+V, ROWS, R, S = 13, 16, 6, 6
+REGIMES = config_lib.REGIMES + ('curvature',)
+
+
+def config(regime='occ', **sections):
+  """Return a tiny config; 'curvature' is regime occ with that estimator."""
+  mtp = dict(regime=regime, coef=.3, **sections.pop('mtp', {}))
+  extra = {}
+  if regime == 'curvature':
+    mtp['regime'] = 'occ'
+    extra['occ'] = dict(estimator='curvature', eta=.1)
+  return conftest.tiny_config(mtp=mtp, **{**extra, **sections})
+
+
+@functools.cache
+def params(heads=1):
+  """Return the parameters of K heads, one key."""
+  net = train_step.network(config(mtp=dict(heads=heads)), V)
+  return net.init(jax.random.key(0), jnp.zeros((1, 5), int),
+                  jnp.ones((1, 5), bool))['params']
+
+
+@functools.cache
+def batch(heads=1, seed=0):
+  """Ragged prompts and responses, one of them empty; old log-probs near."""
+  rng = np.random.default_rng(seed)
+  valid = np.zeros((ROWS, R + S), bool)
+  for row in range(ROWS):
+    valid[row, R - rng.integers(1, R + 1):R + rng.integers(1, S + 1)] = True
+  valid[3, R:] = False
+  tokens = np.where(valid, rng.integers(3, V, valid.shape), 0).astype(np.int32)
+  out = jax.tree.map(np.asarray, jax.jit(functools.partial(
+      train_step.score, config=config(mtp=dict(heads=heads)), vocab_size=V))(
+          params(heads), tokens, valid))
+  noise = lambda x: (x + rng.normal(size=x.shape) * .2).astype(np.float32)
+  old = noise(out.main)
+  return types.RolloutBatch(
+      tokens, valid, valid[:, R:],
+      np.repeat(rng.normal(size=(ROWS, 1)), S, 1).astype(np.float32), old,
+      noise(out.heads), noise(old), noise(old))
+
+
+def assert_close(a, b, rtol=2e-5, atol=2e-6):
+  """Assert that two trees agree leaf by leaf."""
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol,
+                                                       atol=atol), a, b)

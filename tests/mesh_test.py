@@ -1,0 +1,59 @@
+"""A mesh of 8 devices computes what one device computes, in every regime."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_rl import sharding, train_step, tree
+from tests import batches
+
+V, REGIMES = batches.V, batches.REGIMES
+
+
+@functools.cache
+def _three_updates(regime, data=1, fsdp=1, model=1):
+  """Parameters before, the state after three updates, and last metrics."""
+  config = batches.config(regime, mesh=dict(data=data, fsdp=fsdp, model=model))
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    steps = train_step.make(config, V, mesh)
+    state = steps.init(jax.random.key(0))
+    before = jax.device_get(state.params)
+    for seed in range(3):
+      state, metrics = steps.update(state, batches.batch(seed=seed))
+    return before, jax.device_get(state), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize('regime', REGIMES)
+def test_a_mesh_of_8_is_no_mesh(regime):
+  _, one, seen = _three_updates(regime)
+  _, many, seen_many = _three_updates(regime, data=2, fsdp=2, model=2)
+  batches.assert_close(one.params, many.params, rtol=1e-5, atol=1e-5)
+  # The authors' mean of ratios divides by single deltas near zero.
+  rtol = 1e-3 if regime == 'occ_authors' else 1e-4
+  for name, value in seen.items():
+    np.testing.assert_allclose(seen_many[name], value, rtol=rtol, atol=1e-5,
+                               err_msg=name)
+
+
+def test_parameters_are_really_sharded():
+  config = batches.config(mesh=dict(data=2, fsdp=2, model=2))
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    state = train_step.make(config, V, mesh).init(jax.random.key(0))
+  kernel = state.params['blocks']['layers']['gate']['kernel']
+  assert kernel.addressable_shards[0].data.shape == (2, 8, 16)  # of 2, 16, 32
+  moments = [x for path, x in jax.tree_util.tree_flatten_with_path(
+      state.opt_state)[0] if 'gate' in str(path) and 'mu' in str(path)]
+  assert moments[0].sharding == kernel.sharding
+
+
+def test_rl_only_leaves_the_head_untouched_and_detach_does_not():
+  for regime, moves in (('rl_only', False), ('detach', True)):
+    before, after, _ = _three_updates(regime)
+    gap = lambda part: float(tree.norm(jax.tree.map(
+        np.subtract, part(after.params), part(before))))
+    assert gap(tree.shared) > 0
+    assert (gap(tree.head) > 0) == moves
