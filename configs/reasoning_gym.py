@@ -15,9 +15,9 @@ def get_config(presets='dapo'):
       name='reasoning_gym', dataset='spell_backward', size=8000,
       options='{"min_word_len": 5, "max_word_len": 5}')
   config.rollout = config_lib.Rollout(max_prompt=60, max_response=8)
-  config.warmup = config_lib.Warmup(steps=250, batch=64, lr=4e-3)
-  config.rl = config_lib.RL(steps=200, prompts=32, group=8, minibatches=4,
-                            lr=6e-4)
+  config.warmup = config_lib.Warmup(steps=270, batch=64, lr=4e-3)
+  config.rl = config_lib.RL(steps=220, prompts=32, group=8, minibatches=4,
+                            lr=4e-4)
   config.eval = config_lib.Eval(every=10)
-  config.optim = config_lib.Optim(schedule='linear', warmup=10)
+  config.optim = config_lib.Optim(schedule='linear', warmup=10, b2=.99)
   return config_lib.preset(config, presets)

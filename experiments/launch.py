@@ -18,18 +18,27 @@ def define_config():
   return flag
 
 
+def _parse(argv):
+  """Parse the flags; what is wrong with them becomes one sentence."""
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, KeyError, OSError) as e:
+    # A config file's own error comes wrapped in a traceback: its last line.
+    text = str(e.args[0] if len(e.args) == 1 else e)
+    lines = [line.strip() for line in text.splitlines()]
+    sys.exit(f'error: {[line for line in lines if line][-1]} '
+             '(--help lists the flags, mtp_rl/config.py the config fields)')
+
+
 def run(action):
   """Parse the flags and call action(); a ConfigError becomes one sentence."""
   def main(argv):
     if len(argv) > 1:
-      raise app.UsageError(f'unexpected argument {argv[1]!r}')
+      sys.exit(f'error: unexpected argument {argv[1]!r}')
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)
     try:
       action()
     except config_lib.ConfigError as e:
       sys.exit(f'error: {e}')
-  try:
-    app.run(main)
-  except config_lib.ConfigError as e:  # from get_config, while flags are read
-    sys.exit(f'error: {e}')
+  app.run(main, flags_parser=_parse)

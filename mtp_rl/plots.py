@@ -88,16 +88,18 @@ def acceptance(rows, directory, title):
   _save(figure, directory, 'acceptance')
 
 
-def samples(rows, directory, title, limit=14):
+def samples(rows, directory, title, limit=18):
   """Draw sampled completions as text, with their rewards.
 
   Args:
     rows: dicts with 'step', 'prompt', 'completion', 'answer', 'reward'.
     directory: where samples.png goes.
     title: of the sheet.
-    limit: how many rows are shown, the latest ones.
+    limit: how many rows are shown, evenly spread over the run.
   """
-  rows = rows[-limit:]
+  count = min(limit, len(rows))
+  rows = [rows[round(i * (len(rows) - 1) / max(count - 1, 1))]
+          for i in range(count)]
   figure = mpl_figure.Figure(figsize=(10, .34 * (len(rows) + 3)))
   axis = figure.add_axes((0.02, 0, .96, 1))
   axis.set_axis_off()
@@ -108,9 +110,12 @@ def samples(rows, directory, title, limit=14):
              cut(r['answer'], 14), f'{r["reward"]:.2f}',
              _GREEN if r['reward'] >= 1 else '#b03030') for r in rows]
   height = 1 / (len(lines) + 2)
+  # Columns as wide as their longest text, at most the cuts made above.
+  widths = [max(len(line[i]) for line in lines) + 3 for i in range(5)]
+  starts = [sum(widths[:i]) * .0088 for i in range(5)]
   axis.text(0, 1 - height, ascii_text(title), fontsize=10, va='center')
   for i, line in enumerate(lines):
-    for x, text in zip((0, .06, .52, .82, .95), line[:5]):
+    for x, text in zip(starts, line[:5]):
       axis.text(x, 1 - (i + 2) * height, text, family='monospace', fontsize=7.5,
                 color=line[5], va='center', parse_math=False,
                 weight='bold' if i == 0 else 'normal')

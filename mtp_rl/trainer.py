@@ -265,6 +265,7 @@ def rl(run, warm_params, stopped):
       last = step == config.rl.steps
       if last or step % config.eval.every == 0:
         values |= functions.evaluate(state.params)
+      if last or step == 1 or step % config.eval.every == 0:
         _note_samples(run, step, rows)
       row = writer.write(step, values)
       shown |= row

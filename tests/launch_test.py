@@ -1,0 +1,45 @@
+"""Launchers in a process of their own: bad input ends in one sentence."""
+
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+QUICK = '--config=configs/quickstart.py'
+
+
+def _run(module, *flags):
+  start = time.monotonic()
+  done = subprocess.run(
+      [sys.executable, '-m', f'experiments.{module}', *flags], cwd=ROOT,
+      capture_output=True, text=True, timeout=120, check=False)
+  return done, time.monotonic() - start
+
+
+@pytest.mark.parametrize('module, flags, said', [
+    ('train', (QUICK, '--config.rl.lrr=1'), 'lrr'),
+    ('train', (QUICK, '--config.rl.lr=fast'), 'fast'),
+    ('train', (QUICK + ':dopo',), 'dopo'),
+    ('train', ('--config=configs/none.py',), 'configs/none.py'),
+    ('train', (QUICK, 'stray'), 'stray'),
+    ('train', (QUICK, '--config.mtp.heads=0'), 'mtp.heads=0'),
+    ('train', (QUICK, '--config.mesh.data=3'), 'mesh.data'),
+    ('train', (QUICK, '--config.rollout.max_prompt=3'), 'rollout.max_prompt=3'),
+    ('pretrain', (QUICK, '--config.task.name=chess'), 'chess'),
+    ('evaluate', (), 'config.json'),
+])
+def test_bad_input_is_one_sentence_within_seconds(module, flags, said,
+                                                  tmp_path):
+  done, seconds = _run(module, f'--workdir={tmp_path}', *flags)
+  assert done.returncode == 1, done.stderr
+  assert said in done.stderr and 'Traceback' not in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1
+  assert seconds < 60 and not list(tmp_path.glob('checkpoints'))
+
+
+def test_a_workdir_is_required():
+  done, _ = _run('train', QUICK)
+  assert done.returncode == 1 and 'workdir' in done.stderr
