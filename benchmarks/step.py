@@ -47,7 +47,7 @@ def _config(regime, estimator, head_loss):
                              d_ff=512),
       mtp=config_lib.MTP(regime=regime, head_loss=head_loss),
       occ=config_lib.OCC(estimator=estimator),
-      rl=config_lib.RL(prompts=16, group=8, minibatches=1),
+      rl=config_lib.RL(prompts=32, group=8, minibatches=2),
       rollout=config_lib.Rollout(max_prompt=R, max_response=S))
   config_lib.validate(config)
   return config

@@ -10,7 +10,7 @@ def get_config(presets='dapo'):
   """Return the config; `presets` is the text after the colon of --config."""
   config = config_lib.Config()
   config.model = config_lib.Model(d_model=64, n_layers=2, n_heads=4,
-                                  n_kv_heads=2, d_ff=192)
+                                  n_kv_heads=2, d_ff=192, head_chunk=4)
   config.task = config_lib.Task(name='arithmetic', min_terms=5, max_terms=5,
                                 noisy_facts=30, noise=.55)
   config.rollout = config_lib.Rollout(max_prompt=6, max_response=8)

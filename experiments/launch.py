@@ -22,12 +22,15 @@ def _parse(argv):
   """Parse the flags; what is wrong with them becomes one sentence."""
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, KeyError, OSError) as e:
-    # A config file's own error comes wrapped in a traceback: its last line.
-    text = str(e.args[0] if len(e.args) == 1 else e)
-    lines = [line.strip() for line in text.splitlines()]
-    sys.exit(f'error: {[line for line in lines if line][-1]} '
-             '(--help lists the flags, mtp_rl/config.py the config fields)')
+  except (flags.Error, KeyError) as e:
+    _fail(e)
+
+
+def _fail(error):
+  # A config file's own error comes wrapped in a traceback: its last line.
+  lines = [line.strip() for line in str(error.args[0]).splitlines()]
+  sys.exit(f'error: {[line for line in lines if line][-1]} '
+           '(--help lists the flags, mtp_rl/config.py the config fields)')
 
 
 def run(action):
@@ -37,6 +40,11 @@ def run(action):
       sys.exit(f'error: unexpected argument {argv[1]!r}')
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)
+    if 'config' in flags.FLAGS:
+      try:  # a config file that is not there shows at the first field read
+        _ = flags.FLAGS['config'].value.seed
+      except OSError as e:
+        _fail(e)
     try:
       action()
     except config_lib.ConfigError as e:

@@ -57,6 +57,10 @@ class Checkpoints:
           f'{self._directory} holds no checkpoint; name the workdir of a run')
     step = self.latest() if step is None else step
     where = os.path.join(self._directory, str(step))
+    if not os.path.isdir(where):
+      have = [c.step for c in self._inner.checkpoints]
+      raise config_lib.ConfigError(
+          f'checkpoint {where} does not exist; this run keeps {have}')
     try:
       metadata = self._inner.metadata(step)
       if (metadata.custom_metadata or {}).get('format') != _FORMAT:

@@ -53,7 +53,7 @@ class Model:
   tie_embeddings: bool = True
   dtype: str = 'float32'  # of the computation; parameters stay float32
   remat: str = 'dots'  # kept for the backward pass: all but 'none' recompute
-  head_chunk: int = 0  # columns per slice of the output head; 0: all at once
+  head_chunk: int = 16  # columns per slice of the output head; 0: all at once
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -315,6 +315,18 @@ def _validate_mtp(config):
   _need(o.eps > 0, f'occ.eps={o.eps} must be positive')
   _need(o.eta >= 0, f'occ.eta={o.eta} must not be negative; 0 takes the '
         'learning rate')
+  _need(m.regime != 'occ_authors' or not o.ema,
+        f'mtp.regime=occ_authors takes lambda a microbatch, without occ.ema='
+        f'{o.ema}; set occ.ema=0')
+  _need(o.estimator != 'curvature' or o.heads == 'joint',
+        'occ.estimator=curvature solves for all heads together; set '
+        'occ.heads=joint')
+  measured = m.regime == 'occ_authors' or (
+      m.regime == 'occ' and o.estimator == 'logprob')
+  _need(config.rl.minibatches > 1 or not measured,
+        f'mtp.regime={m.regime} measures how far the policy moved since the '
+        'rollout, and with rl.minibatches=1 that is nowhere: lambda would be 0 '
+        'always; set rl.minibatches >= 2 or occ.estimator=curvature')
   _need(0 <= o.ema < 1, f'occ.ema={o.ema} must lie in [0, 1)')
 
 
@@ -335,15 +347,17 @@ def _validate_batch(config):
   _need(r.prompts % devices == 0,
         f'rl.prompts={r.prompts} does not divide over the mesh (mesh.data * '
         f'mesh.fsdp = {devices})')
-  _need(config.warmup.batch % devices == 0,
-        f'warmup.batch={config.warmup.batch} does not divide over the mesh '
-        f'(mesh.data * mesh.fsdp = {devices})')
+  batch = config.warmup.batch
+  _need(not config.warmup.steps or batch % (devices * r.microbatches) == 0,
+        f'warmup.batch={batch} does not split into rl.microbatches='
+        f'{r.microbatches} over the mesh (mesh.data * mesh.fsdp = {devices}); '
+        'make it a multiple')
   _need(r.advantage != 'rloo' or r.group > 1,
         'rl.advantage=rloo leaves one sample out of its group, but '
         'rl.group=1; set rl.group >= 2')
-  _need(r.loss != 'gspo' or not r.dual_clip,
-        f'rl.loss=gspo has no dual clip, but rl.dual_clip={r.dual_clip}; set '
-        'rl.dual_clip=0')
+  _need(r.loss == 'ppo' or not r.dual_clip,
+        f'rl.loss={r.loss} has no dual clip, but rl.dual_clip={r.dual_clip}; '
+        'set rl.dual_clip=0')
 
 
 def validate(config):

@@ -17,12 +17,6 @@ def mean(x, where, axis=None):
   return total(x, where, axis) / jnp.maximum(count, 1)
 
 
-def maximum(x, where):
-  """Return the largest selected x; 0 where nothing is selected."""
-  top = jnp.max(jnp.where(where, x, -jnp.inf))
-  return jnp.where(jnp.any(where), top, 0.)
-
-
 def aggregate(x, mask, how):
   """Reduce a token-indexed loss to a scalar.
 

@@ -131,6 +131,24 @@ def authors_coefficient(main, heads, old_main, reference, plus, eps):
   return jax.lax.stop_gradient(lam)
 
 
+def directional(objective, theta, direction):
+  """Return J's gradient, its slope and its Hessian along a direction.
+
+  One jax.jvp of jax.value_and_grad(J): forward over reverse.
+
+  Args:
+    objective: theta -> (J, aux).
+    theta: parameters.
+    direction: tree like theta, g_MTP.
+
+  Returns:
+    (J, aux), g = grad J, c = <g, direction>, and H direction.
+  """
+  ((value, g), ((c, _), hv)) = jax.jvp(
+      jax.value_and_grad(objective, has_aux=True), (theta,), (direction,))
+  return value, g, c, hv
+
+
 def curvature_coefficient(products, rl_h_mtp, mtp_h_mtp, eta, fallback):
   """Return lambda*_H, the maximum of the second-order Taylor form, [K].
 
@@ -168,7 +186,8 @@ def curvature_coefficient(products, rl_h_mtp, mtp_h_mtp, eta, fallback):
 
 def initial_state(heads):
   """Return the `types.OccState` before the first update of K heads."""
-  return types.OccState(jnp.zeros((heads,), jnp.float32), jnp.int32(0))
+  # Checkpoints hold no empty arrays: K = 0 keeps one unused entry.
+  return types.OccState(jnp.zeros((max(heads, 1),), jnp.float32), jnp.int32(0))
 
 
 def track(state, lam, config):

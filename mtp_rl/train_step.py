@@ -210,8 +210,8 @@ def pullback_gradients(params, batch, state, config, vocab_size):
 def curvature_gradients(params, batch, state, eta, config, vocab_size):
   """Return the combined gradient with lambda*_H from exact gradients.
 
-  g_RL and the g_k by jax.grad over theta; c = dJ(g_k) and H g_k together by
-  jax.jvp of value_and_grad(J) along g_k; then `occ.curvature_coefficient`.
+  The g_k by jax.grad over theta; g_RL, c = dJ(g_k) and H g_k together by one
+  jax.jvp of J's gradient along g_k; then `occ.curvature_coefficient`.
 
   Args:
     eta: float32 [], the step size of the decomposition.
@@ -244,9 +244,8 @@ def curvature_gradients(params, batch, state, eta, config, vocab_size):
   g, c, hg = [], [], []
   for k in range(heads):
     g_k, (ahead, info) = jax.grad(mtp_objective, has_aux=True)(theta, k)
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
-    ((_, (main, metrics)), g_rl), ((c_k, _), hg_k) = jax.jvp(
-        value_and_grad, (theta,), (g_k,))
+    (_, (main, metrics)), g_rl, c_k, hg_k = occ.directional(
+        objective, theta, g_k)
     g.append(g_k), c.append(c_k), hg.append(hg_k)
 
   gram = jnp.stack([jnp.stack([tree.dot(a, b) for b in g]) for a in g])

@@ -93,18 +93,17 @@ def setup(config, workdir):
   checkpoint.prepare_workdir(workdir)
   path = os.path.join(workdir, 'config.json')
   if os.path.exists(path):
+    # A decaying schedule depends on the number of steps.
+    free = _MAY_CHANGE[config.optim.schedule != 'constant':]
     changed = [n for n in config_lib.differences(config, config_lib.load(path))
-               if n not in _MAY_CHANGE]
-    if 'rl.steps' not in changed and config.optim.schedule != 'constant':
-      before = config_lib.load(path).rl.steps
-      changed += ['rl.steps'] if before != config.rl.steps else []
+               if n not in free]
     if changed:
       raise config_lib.ConfigError(
           f'workdir {workdir} belongs to a run that differs in '
           f'{", ".join(changed)}; choose another --workdir, or set the same')
   task = tasks.make(config)
   if config.warmup.init:
-    task.tokenizer = load_tokenizer(config.warmup.init)
+    task.tokenizer = _finished_warmup(config.warmup.init)
   for example in task.probe():
     sampler.check_prompt(example.prompt,
                          len(task.tokenizer.encode(example.prompt)),
@@ -117,6 +116,17 @@ def setup(config, workdir):
   metrics.write_json(os.path.join(workdir, 'tokenizer.json'),
                      {'characters': task.tokenizer.characters})
   return Run(config, workdir, task, mesh, jax.random.key(config.seed))
+
+
+def _finished_warmup(workdir):
+  """Return the tokenizer of a workdir whose warm-up is complete."""
+  steps = config_lib.load(os.path.join(workdir, 'config.json')).warmup.steps
+  directory = os.path.join(workdir, 'checkpoints', 'warmup', str(steps))
+  if not os.path.isdir(directory):
+    raise config_lib.ConfigError(
+        f'warmup.init={workdir} has no complete warm-up ({steps} steps); run '
+        'experiments.pretrain on it first')
+  return load_tokenizer(workdir)
 
 
 def load_tokenizer(workdir):
@@ -142,10 +152,6 @@ def warmup(run, stopped):
   directory = run.path('checkpoints', 'warmup')
   if config.warmup.init:
     directory = os.path.join(config.warmup.init, 'checkpoints', 'warmup')
-    if not os.path.isdir(directory):
-      raise config_lib.ConfigError(
-          f'warmup.init={config.warmup.init} holds no warm-up checkpoint; name '
-          'a workdir of experiments.pretrain')
   steps = train_step.make(config, run.vocab_size, run.mesh, 'warmup')
   saved = checkpoint.Checkpoints(directory, keep=1)
   with contextlib.closing(saved):
@@ -167,6 +173,10 @@ def warmup(run, stopped):
         state, values = steps.update(state, batch)
         if step % 20 == 0 or step == config.warmup.steps:
           row = writer.write(step, values)
+          if row['warmup/loss'] is None:
+            raise config_lib.ConfigError(
+                f'the warm-up diverged at step {step}; lower warmup.lr='
+                f'{config.warmup.lr}')
           bar.set_postfix(loss=f'{row["warmup/loss"]:.3f}', refresh=False)
         bar.update()
         last = step == config.warmup.steps or stopped()
@@ -259,7 +269,7 @@ def rl(run, warm_params, stopped):
       batch, values, rows = functions.collect(state.params, reference, step)
       updating = time.perf_counter()
       state, updated = _update(run, functions.steps, state, batch)
-      values |= updated | task_counts(run.task)
+      values |= updated
       values['timing_s/update'] = time.perf_counter() - updating
       values['timing_s/step'] = time.perf_counter() - began
       last = step == config.rl.steps
@@ -271,16 +281,12 @@ def rl(run, warm_params, stopped):
       shown |= row
       bar.set_postfix(_postfix(shown), refresh=False)
       bar.update()
-      if last or stopped() or step % config.run.checkpoint_every == 0:
+      stop = stopped()
+      if last or stop or step % config.run.checkpoint_every == 0:
         saved.save(step, state)
-      if stopped() and not last:
+      if stop and not last:
         return False
   return True
-
-
-def task_counts(task):
-  """Return the verifier's failure counts under their metric names."""
-  return {f'reward/{name}': n for name, n in task.counts().items()}
 
 
 def _note_samples(run, step, rows):

@@ -33,11 +33,6 @@ def axpy(alpha, x, y):
   return jax.tree.map(lambda u, v: (alpha * u + v).astype(v.dtype), x, y)
 
 
-def zeros(a):
-  """Return a tree of zeros like a."""
-  return jax.tree.map(jnp.zeros_like, a)
-
-
 def shared(params):
   """Return theta: every top-level entry but the MTP modules."""
   return {k: v for k, v in params.items() if k != HEAD}

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_rl import train_step
+from mtp_rl import sharding, train_step
 from mtp_rl.objectives import logprobs
 from mtp_rl.objectives import mtp as mtp_loss
-from tests import conftest
+from tests import batches
 
 
 @pytest.mark.parametrize('depth, expected', [
@@ -111,20 +111,19 @@ def _arrays_in(jaxpr, found):
   return found
 
 
-@pytest.mark.parametrize('chunk, alive', [(2, False), (0, True)])
-def test_no_array_of_tokens_times_vocabulary_is_alive(chunk, alive):
-  """Forward and backward of the training graph, every intermediate of it."""
+@pytest.mark.parametrize('regime, chunk, alive', [
+    *[(r, 2, False) for r in batches.REGIMES], ('occ', 0, True)])
+def test_no_array_of_tokens_times_vocabulary_is_alive(regime, chunk, alive):
+  """Every intermediate of the whole update, forward, backward and jvp."""
   vocab = 97
-  config = conftest.tiny_config(model=dict(head_chunk=chunk))
-  net = train_step.network(config, vocab)
-  params = net.init(jax.random.key(0), jnp.zeros((1, 3), int),
-                    jnp.ones((1, 3), bool))['params']
-  tokens = jnp.zeros((8, 12), jnp.int32)
-  def loss(p):
-    out = train_step.score(p, tokens, tokens == 0, config=config,
-                           vocab_size=vocab, entropy=True)
-    return out.main.sum() + out.heads.sum() + out.entropy.sum()
-  shapes = _arrays_in(jax.make_jaxpr(jax.grad(loss))(params).jaxpr, [])
-  rows = 8 * config.rollout.max_response
-  big = [s for s in shapes if vocab in s and np.prod(s) >= rows * vocab]
+  config = batches.config(regime, model=dict(head_chunk=chunk),
+                          rl=dict(entropy_coef=.1))
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    steps = train_step.make(config, vocab, mesh)
+    jaxpr = jax.make_jaxpr(steps.update)(steps.abstract, batches.batch())
+  shapes = _arrays_in(jaxpr.jaxpr, [])
+  assert len(shapes) > 500
+  tokens = batches.ROWS * batches.S
+  big = [s for s in shapes if vocab in s and np.prod(s) >= tokens * vocab]
   assert bool(big) == alive, big

@@ -121,6 +121,28 @@ def test_lambda_h_maximises_a_quadratic(heads, sign):
     assert np.argmax(delta) == 1000
 
 
+def test_one_jvp_gives_gradient_slope_and_curvature_of_a_quadratic():
+  b, h, g = _quadratic(1)
+  b, h, g = (jnp.asarray(x, jnp.float32) for x in (b, h, g[:, 0]))
+  theta = jnp.linspace(-1., 1., len(b))
+  objective = lambda t: (b @ t + t @ h @ t / 2, jnp.float32(7))
+  (value, aux), grad, c, hg = occ.directional(objective, theta, g)
+  assert aux == 7
+  np.testing.assert_allclose(value, objective(theta)[0])
+  np.testing.assert_allclose(grad, b + h @ theta, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(c, (b + h @ theta) @ g, rtol=1e-4)
+  np.testing.assert_allclose(hg, h @ g, rtol=1e-4, atol=1e-5)
+  # From these to lambda*_H: the maximum of J along g after the step eta g_RL.
+  eta = .05
+  products = occ.Products(c[None], (g @ g)[None, None], grad @ grad)
+  lam, usable = occ.curvature_coefficient(
+      products, (grad @ hg)[None], (g @ hg)[None, None], eta, jnp.zeros(1))
+  after = lambda x: float(objective(theta + eta * (grad + x * g))[0])
+  assert usable
+  slope = (after(lam[0] + .5) - after(lam[0] - .5)) / eta
+  np.testing.assert_allclose(slope, 0., atol=2e-3 * abs(float(c)))
+
+
 @pytest.mark.parametrize('heads', [1, 2])
 def test_without_negative_curvature_the_fallback_is_taken(heads):
   b, h, g = _quadratic(heads, indefinite=True)

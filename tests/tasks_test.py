@@ -1,5 +1,7 @@
 """Tasks: headroom by construction, splits, strict scoring, the worker."""
 
+import os
+import signal
 import time
 
 import pytest
@@ -115,7 +117,6 @@ def hostile_scorer():
     if what == 'hang':
       time.sleep(60)
     if what == 'die':
-      import os
       os._exit(1)
     if what == 'raise':
       raise ValueError('bad text')
@@ -131,6 +132,8 @@ def test_a_worker_survives_hangs_crashes_and_errors():
     got = [worker.score(x) for x in ('1', 'raise', '0.5')]
     assert got == [1., 0., .5]
     assert worker.score('hang') == 0. and time.monotonic() - start < 10
+    assert worker.score('1') == 1.
+    os.kill(worker._process.pid, signal.SIGINT)  # Ctrl-C reaches the group
     assert worker.score('1') == 1.
     assert worker.score('die') == 0. and worker.score('1') == 1.
     assert worker.counts == {'errors': 1, 'timeouts': 1, 'crashes': 1}

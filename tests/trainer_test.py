@@ -2,7 +2,11 @@
 
 import json
 import os
+import pathlib
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -106,6 +110,54 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
   _identical(_state(config, again), _state(config, workdir))
   assert _rows(again) == _rows(workdir)
   assert _rows(again, 'samples.jsonl') == _rows(workdir, 'samples.jsonl')
+
+
+_CHILD = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+from tests import trainer_test
+from mtp_rl import trainer
+trainer.train(trainer_test._config(), sys.argv[2])
+'''
+
+
+def test_a_killed_process_loses_nothing(whole, tmp_path):
+  """SIGKILL while the RL phase runs, then the same call again."""
+  workdir, _ = whole
+  root = pathlib.Path(__file__).parent.parent
+  child = subprocess.Popen([sys.executable, '-c', _CHILD, str(root),
+                            str(tmp_path)], cwd=root)
+  try:
+    deadline = time.monotonic() + 200
+    while len(_rows(tmp_path)) < 3 and child.poll() is None:
+      assert time.monotonic() < deadline
+      time.sleep(.005)
+  finally:
+    child.kill()
+    child.wait()
+  assert trainer.train(_config(), str(tmp_path))['status'] == 'complete'
+  _identical(_state(_config(), str(tmp_path)), _state(_config(), workdir))
+  assert _rows(tmp_path) == _rows(workdir)
+
+
+@pytest.mark.parametrize('sections', [
+    dict(mtp=dict(heads=0, regime='rl_only')),
+    dict(mtp=dict(heads=3), model=dict(dtype='bfloat16', tie_embeddings=False,
+                                       head_chunk=2, remat='block'),
+         mesh=dict(data=2, model=2), rl=dict(microbatches=2))])
+def test_unusual_models_run_to_the_end(sections, tmp_path):
+  config = conftest.tiny_config(**sections)
+  assert trainer.train(config, str(tmp_path))['status'] == 'complete'
+  rows = _rows(tmp_path)
+  heads = config.mtp.heads
+  assert ('mtp_3/accept_top1' in rows[-1]) == (heads == 3)
+  assert all(v is not None for r in rows for v in r.values())
+  assert os.path.exists(tmp_path / 'figures' / 'learning.png')
+
+
+def test_a_diverged_warm_up_is_named(tmp_path):
+  config = conftest.tiny_config(warmup=dict(lr=1e30))
+  _refused(config, tmp_path, 'warmup.lr')
 
 
 def test_a_finished_run_only_draws_its_figures_again(whole, monkeypatch):

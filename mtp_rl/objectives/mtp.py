@@ -52,8 +52,12 @@ def policy_losses(logprobs, mask, batch, rl, kind, scale=None):
   advantages = batch.advantages
   if scale is not None:
     advantages = advantages * scale[:, None]
+  weights = None
+  if rl.tis_cap:
+    weights = policy.importance_weights(batch.old_main, batch.sampler,
+                                        rl.tis_cap)
   outs = [policy.policy_loss(logprobs[..., k], old[..., k], advantages,
-                             mask[..., k], rl)
+                             mask[..., k], rl, weights)
           for k in range(logprobs.shape[-1])]
   return (jnp.stack([o.loss for o in outs]),
           jnp.mean(jnp.stack([o.clipfrac for o in outs])))

@@ -42,7 +42,11 @@ def collect(params, reference_params, step, *, task, config, generate, score,
 
   texts = [task.tokenizer.decode(row) for row in tokens.tokens[:, -s:]]
   repeated = [e for e in examples for _ in range(g)]
+  failed = task.counts()
   rewards = np.asarray(task.rewards(repeated, texts), np.float32)
+  # Of this step alone: a resumed run counts as an uninterrupted one does.
+  failed = {f'reward/{name}': n - failed[name]
+            for name, n in task.counts().items()}
   rewarded = time.perf_counter()
 
   old = jax.tree.map(np.asarray, score(params, *tokens))
@@ -61,7 +65,7 @@ def collect(params, reference_params, step, *, task, config, generate, score,
       'timing_s/reward': rewarded - generated,
       'timing_s/score': time.perf_counter() - rewarded,
       'rollout/tokens_per_s': mask.sum() / (generated - start),
-      **describe(batch, old, rewards, g)}
+      **failed, **describe(batch, old, rewards, g)}
   rows = [{'prompt': e.prompt, 'completion': t, 'answer': e.answer,
            'reward': float(r)} for e, t, r in zip(repeated, texts, rewards)]
   return batch, metrics, rows

@@ -7,12 +7,15 @@ nothing that comes back is ever unpickled.
 
 import json
 import multiprocessing
+import signal
 
 START_S = 120.  # a fresh process imports the verifier's packages
 
 
 def _serve(connection, factory, args):
   """Run in the child: build the scorer once, then answer until the end."""
+  # Ctrl-C reaches the whole process group; the trainer alone decides.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   scorer = factory(*args)
   connection.send_bytes(b'ready')
   while True:
