@@ -1,6 +1,6 @@
 """Update time of each regime over Detach, rollout tokens/s, GFLOP/s.
 
-    python -m benchmarks.step [--rounds=20] [--cores=1]
+    python -m benchmarks.step [--rounds=20] [--cores=1] [--head_chunk=16]
 
 One process, pinned; every round times each regime once, in turn, and the
 ratio is taken round by round against Detach of the same round. The matmul
@@ -18,6 +18,8 @@ from absl import app, flags, logging
 _ROUNDS = flags.DEFINE_integer('rounds', 20, 'Timed rounds.', lower_bound=20)
 _CORES = flags.DEFINE_integer('cores', 1, 'CPU cores to pin to.', lower_bound=1)
 _OUT = flags.DEFINE_string('out', '', 'JSON file for the table.')
+_CHUNK = flags.DEFINE_integer('head_chunk', 16, 'model.head_chunk.',
+                              lower_bound=0)
 _ONLY = flags.DEFINE_list('only', [], 'Rows to time beside detach.')
 
 # Large buffers stay mapped between updates instead of being faulted in again:
@@ -34,9 +36,9 @@ REGIMES = {
     'policy': ('policy', 'logprob', 'joint'),
     'occ': ('occ', 'logprob', 'joint'),
     'occ_authors': ('occ_authors', 'logprob', 'joint'),
-    'policy, own head loss': ('policy', 'logprob', 'ce'),
-    'occ, own head loss': ('occ', 'logprob', 'ce'),
-    'occ, curvature': ('occ', 'curvature', 'ce'),
+    'policy own head loss': ('policy', 'logprob', 'ce'),
+    'occ own head loss': ('occ', 'logprob', 'ce'),
+    'occ curvature': ('occ', 'curvature', 'ce'),
 }
 
 
@@ -44,7 +46,7 @@ def _config(regime, estimator, head_loss):
   from mtp_rl import config as config_lib
   config = config_lib.Config(
       model=config_lib.Model(d_model=128, n_layers=4, n_heads=4, n_kv_heads=4,
-                             d_ff=512),
+                             d_ff=512, head_chunk=_CHUNK.value),
       mtp=config_lib.MTP(regime=regime, head_loss=head_loss),
       occ=config_lib.OCC(estimator=estimator),
       rl=config_lib.RL(prompts=32, group=8, minibatches=2),

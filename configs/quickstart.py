@@ -1,6 +1,9 @@
 """Running sums mod 10: warm-up, then RL with OCC.
 
     python -m experiments.train --config=configs/quickstart.py --workdir=DIR
+
+Expect held-out greedy accuracy of .3 to .45 after the warm-up and 1.0 after
+RL (seeds 0-4), in about a minute on one CPU core.
 """
 
 from mtp_rl import config as config_lib
