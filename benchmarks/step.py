@@ -44,6 +44,7 @@ REGIMES = {
 
 def _config(regime, estimator, head_loss):
   from mtp_rl import config as config_lib
+  from mtp_rl import validate
   config = config_lib.Config(
       model=config_lib.Model(d_model=128, n_layers=4, n_heads=4, n_kv_heads=4,
                              d_ff=512, head_chunk=_CHUNK.value),
@@ -51,7 +52,7 @@ def _config(regime, estimator, head_loss):
       occ=config_lib.OCC(estimator=estimator),
       rl=config_lib.RL(prompts=32, group=8, minibatches=2),
       rollout=config_lib.Rollout(max_prompt=R, max_response=S))
-  config_lib.validate(config)
+  validate.validate(config)
   return config
 
 

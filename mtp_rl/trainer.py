@@ -9,7 +9,6 @@ import contextlib
 import functools
 import json
 import os
-import signal
 import sys
 import time
 from typing import Any, NamedTuple
@@ -55,40 +54,13 @@ class Run(NamedTuple):
     return self.task.tokenizer.vocab_size
 
 
-@contextlib.contextmanager
-def interruptible():
-  """Yield a function that tells whether SIGINT or SIGTERM has come.
-
-  The first signal asks for a clean end after the step in progress; a second
-  one acts as it would without us.
-  """
-  caught, previous = [], {}
-
-  def handler(number, unused_frame):
-    caught.append(number)
-    signal.signal(number, previous[number])
-    print('\nstopping after this step; once more to stop at once',
-          file=sys.stderr, flush=True)
-
-  for number in (signal.SIGINT, signal.SIGTERM):
-    previous[number] = signal.getsignal(number)
-    with contextlib.suppress(ValueError):  # not in the main thread
-      signal.signal(number, handler)
-  try:
-    yield lambda: bool(caught)
-  finally:
-    for number, old in previous.items():
-      with contextlib.suppress(ValueError):
-        signal.signal(number, old)
-
-
 def setup(config, workdir):
   """Check everything that can be checked before long work, and return a Run.
 
   Raises:
     config.ConfigError: one sentence on what is wrong and its mend.
   """
-  config_lib.validate(config)
+  validate.validate(config)
   mesh = sharding.make_mesh(config.mesh)
   checkpoint.prepare_workdir(workdir)
   path = os.path.join(workdir, 'config.json')
@@ -332,7 +304,7 @@ def finish(run, done):
 @contextlib.contextmanager
 def _running(run):
   with (jax.set_mesh(run.mesh), contextlib.closing(run.task),
-        interruptible() as stopped):
+        signals.interruptible() as stopped):
     yield stopped
 
 
@@ -377,7 +349,7 @@ def score_checkpoint(workdir, phase, step, samples):
   """
   config = config_lib.load(os.path.join(workdir, 'config.json'))
   config.eval.samples = samples
-  config_lib.validate(config)
+  validate.validate(config)
   task, mesh = tasks.make(config), sharding.make_mesh(config.mesh)
   task.tokenizer = load_tokenizer(workdir)
   run = Run(config, workdir, task, mesh, jax.random.key(config.seed))

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from mtp_rl import config as config_lib
+from mtp_rl import validate
 from tests import conftest
 
 
@@ -51,7 +52,7 @@ def test_no_head_is_allowed_where_none_is_needed(tiny):
 @pytest.mark.parametrize('name', config_lib.PRESETS)
 def test_presets_are_valid_and_differ(name):
   config = config_lib.preset(config_lib.Config(), name)
-  config_lib.validate(config)
+  validate.validate(config)
   assert config_lib.differences(config, config_lib.Config()) or name == 'dapo'
 
 

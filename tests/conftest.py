@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from mtp_rl import config as config_lib
+from mtp_rl import validate
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_compilation_cache_dir', str(
@@ -32,7 +33,7 @@ def tiny_config(**sections):
     for name, value in values.items():
       assert hasattr(getattr(config, section), name), (section, name)
       setattr(getattr(config, section), name, value)
-  config_lib.validate(config)
+  validate.validate(config)
   return config
 
 

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
     ('types', 'tree', 'masked'),
     ('config',),
-    ('sharding', 'tokenizers'),
+    ('sharding', 'tokenizers', 'validate', 'signals'),
     ('models.transformer',),
     ('models.mtp',),
     ('objectives.logprobs', 'objectives.advantages', 'objectives.policy',

@@ -1,0 +1,145 @@
+"""The one room that rejects settings which cannot work."""
+
+from mtp_rl import config as config_lib
+from mtp_rl import masked
+
+CHOICES = {
+    'model.remat': ('none', 'dots', 'block'),
+    'model.dtype': ('float32', 'bfloat16'),
+    'mtp.regime': config_lib.REGIMES,
+    'mtp.reference': ('main_old', 'mtp_old'),
+    'mtp.head_loss': ('ce', 'policy', 'joint'),
+    'mtp.concat': ('h_emb', 'emb_h'),
+    'mtp.hidden': ('post_norm', 'pre_norm'),
+    'occ.estimator': config_lib.ESTIMATORS,
+    'occ.heads': ('joint', 'per_head'),
+    'rl.advantage': ('grpo', 'dr_grpo', 'rloo'),
+    'rl.loss': ('ppo', 'gspo', 'cispo'),
+    'rl.aggregation': masked.AGGREGATIONS,
+    'rl.kl_kind': ('k1', 'k2', 'k3'),
+    'optim.clip_mode': ('separate', 'joint'),
+    'optim.schedule': ('constant', 'cosine', 'linear'),
+    'task.name': ('arithmetic', 'reasoning_gym'),
+}
+
+
+def _need(condition, message):
+  if not condition:
+    raise config_lib.ConfigError(message)
+
+
+def _validate_mtp(config):
+  m, o = config.mtp, config.occ
+  _need(m.regime == 'rl_only' or m.heads >= 1,
+        f'mtp.regime={m.regime} needs an MTP head, but mtp.heads=0; set '
+        'mtp.heads=1 or mtp.regime=rl_only')
+  _need(m.regime != 'occ_authors' or m.heads == 1,
+        f'mtp.regime=occ_authors is defined for one head, but mtp.heads='
+        f'{m.heads}; set mtp.heads=1 or mtp.regime=occ')
+  _need(m.regime == 'occ' or o.estimator == 'logprob',
+        f'occ.estimator={o.estimator} is read by mtp.regime=occ only, but '
+        f'mtp.regime={m.regime}; set one of the two')
+  _need(m.head_loss != 'policy' or m.regime not in ('rl_only', 'detach', 'ce'),
+        f'mtp.regime={m.regime} trains the head by cross-entropy; set '
+        'mtp.head_loss=ce')
+  _need(o.lambda_min <= o.lambda_max,
+        f'occ.lambda_min={o.lambda_min} exceeds occ.lambda_max={o.lambda_max}')
+  _need(o.eps > 0, f'occ.eps={o.eps} must be positive')
+  _need(o.eta >= 0, f'occ.eta={o.eta} must not be negative; 0 takes the '
+        'learning rate')
+  _need(m.regime != 'occ_authors' or not o.ema,
+        f'mtp.regime=occ_authors takes lambda a microbatch, without occ.ema='
+        f'{o.ema}; set occ.ema=0')
+  _need(o.estimator != 'curvature' or o.heads == 'joint',
+        'occ.estimator=curvature solves for all heads together; set '
+        'occ.heads=joint')
+  measured = m.regime == 'occ_authors' or (
+      m.regime == 'occ' and o.estimator == 'logprob')
+  _need(config.rl.minibatches > 1 or not measured,
+        f'mtp.regime={m.regime} measures how far the policy moved since the '
+        'rollout, and with rl.minibatches=1 that is nowhere: lambda would be 0 '
+        'always; set rl.minibatches >= 2 or occ.estimator=curvature')
+  _need(0 <= o.ema < 1, f'occ.ema={o.ema} must lie in [0, 1)')
+
+
+def _validate_batch(config):
+  r, mesh = config.rl, config.mesh
+  _need(r.prompts % r.minibatches == 0,
+        f'rl.prompts={r.prompts} does not split into rl.minibatches='
+        f'{r.minibatches}; make it a multiple')
+  rows = r.prompts // r.minibatches * r.group
+  _need(rows % r.microbatches == 0,
+        f'a minibatch of {rows} rows does not split into rl.microbatches='
+        f'{r.microbatches}; make it a divisor')
+  devices = mesh.data * mesh.fsdp
+  _need(rows // r.microbatches % devices == 0,
+        f'a microbatch of {rows // r.microbatches} rows does not divide over '
+        f'the mesh (mesh.data * mesh.fsdp = {devices}); change rl.prompts, '
+        'rl.group, rl.minibatches, rl.microbatches or the mesh')
+  _need(r.prompts % devices == 0,
+        f'rl.prompts={r.prompts} does not divide over the mesh (mesh.data * '
+        f'mesh.fsdp = {devices})')
+  batch = config.warmup.batch
+  _need(not config.warmup.steps or batch % (devices * r.microbatches) == 0,
+        f'warmup.batch={batch} does not split into rl.microbatches='
+        f'{r.microbatches} over the mesh (mesh.data * mesh.fsdp = {devices}); '
+        'make it a multiple')
+  _need(r.advantage != 'rloo' or r.group > 1,
+        'rl.advantage=rloo leaves one sample out of its group, but '
+        'rl.group=1; set rl.group >= 2')
+  _need(r.loss == 'ppo' or not r.dual_clip,
+        f'rl.loss={r.loss} has no dual clip, but rl.dual_clip={r.dual_clip}; '
+        'set rl.dual_clip=0')
+
+
+def validate(config):
+  """Reject settings that cannot work.
+
+  Raises:
+    config.ConfigError: one sentence that names the setting and the mend.
+  """
+  for name, choices in CHOICES.items():
+    section, field = name.split('.')
+    value = getattr(getattr(config, section), field)
+    _need(value in choices, f'{name}={value!r} is none of '
+          f'{", ".join(choices)}')
+  positive = {
+      'model': ('d_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_ff',
+                'rope_theta', 'norm_eps'),
+      'rl': ('prompts', 'group', 'minibatches', 'microbatches', 'lr'),
+      'warmup': ('batch', 'lr'), 'rollout': ('max_prompt', 'max_response'),
+      'eval': ('every', 'samples'), 'mesh': ('data', 'fsdp', 'model'),
+      'run': ('checkpoint_every', 'keep'), 'task': ('held_out', 'timeout_s'),
+  }
+  natural = {
+      'model': ('head_dim', 'head_chunk'),
+      'mtp': ('heads', 'coef', 'head_coef'),
+      'rl': ('steps', 'clip_low', 'clip_high', 'dual_clip', 'kl_coef',
+             'tis_cap'),
+      'optim': ('weight_decay', 'clip', 'warmup'),
+      'warmup': ('steps', 'mtp_coef'), 'rollout': ('temperature', 'top_k'),
+      'task': ('noisy_facts', 'noise'),
+  }
+  for low, table in ((1e-300, positive), (0, natural)):
+    for section, fields in table.items():
+      for field in fields:
+        value = getattr(getattr(config, section), field)
+        _need(value >= low, f'{section}.{field}={value} must '
+              f'{"be positive" if low else "not be negative"}')
+  m = config.model
+  _need(m.n_heads % m.n_kv_heads == 0,
+        f'model.n_heads={m.n_heads} is no multiple of model.n_kv_heads='
+        f'{m.n_kv_heads}')
+  _need(m.head_dim or m.d_model % m.n_heads == 0,
+        f'model.d_model={m.d_model} is no multiple of model.n_heads='
+        f'{m.n_heads}; set model.head_dim')
+  channels = m.head_dim or m.d_model // m.n_heads
+  _need(channels % 2 == 0, f'a head of {channels} channels cannot be rotated; '
+        'model.head_dim must be even')
+  _need(0 < config.rollout.top_p <= 1,
+        f'rollout.top_p={config.rollout.top_p} must lie in (0, 1]')
+  _need(config.rollout.temperature > 0,
+        'rollout.temperature=0 leaves a group of equal samples to learn from; '
+        'set it above 0 (evaluation is greedy by itself)')
+  _validate_mtp(config)
+  _validate_batch(config)
