@@ -24,9 +24,11 @@ from mtp_rl import (
   metrics,
   plots,
   sharding,
+  signals,
   tasks,
   tokenizers,
   train_step,
+  validate,
 )
 from mtp_rl import config as config_lib
 from mtp_rl.rollout import experience, sampler
