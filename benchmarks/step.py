@@ -36,9 +36,13 @@ REGIMES = {
     'policy': ('policy', 'logprob', 'joint'),
     'occ': ('occ', 'logprob', 'joint'),
     'occ_authors': ('occ_authors', 'logprob', 'joint'),
-    'policy own head loss': ('policy', 'logprob', 'ce'),
-    'occ own head loss': ('occ', 'logprob', 'ce'),
-    'occ curvature': ('occ', 'curvature', 'ce'),
+    'policy, own ce': ('policy', 'logprob', 'ce'),
+    'occ, own ce': ('occ', 'logprob', 'ce'),
+    'occ readout': ('occ', 'readout', 'joint'),
+    'occ exact': ('occ', 'exact', 'joint'),
+    'occ preconditioned': ('occ', 'preconditioned', 'joint'),
+    'occ cross_fitted': ('occ', 'cross_fitted', 'joint'),
+    'occ curvature': ('occ', 'curvature', 'joint'),
 }
 
 

@@ -10,7 +10,8 @@ import json
 import math
 
 REGIMES = ('rl_only', 'detach', 'ce', 'policy', 'occ', 'occ_authors')
-ESTIMATORS = ('logprob', 'curvature')
+ESTIMATORS = ('logprob', 'authors', 'readout', 'exact', 'preconditioned',
+              'cross_fitted', 'curvature', 'oracle')
 
 
 class ConfigError(ValueError):
@@ -40,6 +41,7 @@ class Model:
 class MTP:
   """The MTP modules and how they meet the RL objective."""
   heads: int = 1  # K
+  kind: str = 'sequential'  # depth k sees x_{i+k}; 'parallel': the trunk alone
   regime: str = 'occ'
   coef: float = 0.1  # the fixed lambda of 'ce' and 'policy' (split over heads)
   reference: str = 'main_old'  # delta_MTP = log pi_MTP - log pi_<reference>
@@ -62,6 +64,10 @@ class OCC:
   lambda_max: float = 1.
   ema: float = 0.  # decay of the moving average of lambda; 0: none
   heads: str = 'joint'  # K > 1: G^-1 c, or 'per_head': c_k / v_k^2
+  scope: str = 'all'  # parameters whose gradients are measured
+  pieces: int = 2  # cross_fitted: disjoint parts of the minibatch
+  probe_every: int = 4  # cross_fitted: updates between measurements of L eta
+  guard: float = 0.  # bound rho of ||lambda g_MTP|| <= rho ||g_RL||; 0: off
   eta: float = 0.  # step size in the curvature form; 0: the learning rate
 
 

@@ -1,6 +1,7 @@
 """AdamW with theta and psi clipped apart (or under one joint norm)."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mtp_rl import tree
@@ -55,3 +56,24 @@ def make(optim, rate, train_head=True):
     return steps
   return optax.partition({'shared': steps, 'head': optax.set_to_zero()},
                          tree.labels)
+
+
+def preconditioner(opt_state, optim):
+  """Return g -> P g over theta, Adam's 1 / (sqrt(nu_hat) + eps).
+
+  nu is what the updates before this one left; before the first, P = 1.
+
+  Args:
+    opt_state: state of a transformation of `make`.
+    optim: `config.Optim`.
+  """
+  adam = optax.tree_utils.tree_get(opt_state, 'ScaleByAdamState')
+  fresh = adam.count == 0
+  scale = 1 / jnp.where(fresh, 1., 1 - optim.b2 ** adam.count)
+
+  def apply(g):
+    return jax.tree.map(
+        lambda x, nu: jnp.where(
+            fresh, x, x / (jnp.sqrt(nu * scale) + optim.eps)),
+        g, tree.shared(adam.nu))
+  return apply

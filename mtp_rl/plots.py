@@ -58,11 +58,13 @@ def coefficient(rows, directory, title):
          'coefficient lambda')
   _panel(axes[1], rows, [
       ('occ/dot', 'log-prob proxy', style(_ORANGE)),
+      ('occ/readout/c', 'readout gradients', style(_GREY)),
       ('occ/exact/c', 'gradients', style(_GREEN))],
          'c = <RL, MTP>')
   axes[1].set_yscale('symlog', linthresh=1e-3)
   _panel(axes[2], rows, [
       ('occ/cos', 'log-prob proxy', style(_ORANGE)),
+      ('occ/readout/cos', 'readout gradients', style(_GREY)),
       ('occ/exact/cos', 'gradients', style(_GREEN))],
          'cosine of RL and MTP', ylim=(-1.05, 1.05))
   for axis in axes:

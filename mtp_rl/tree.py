@@ -33,6 +33,24 @@ def axpy(alpha, x, y):
   return jax.tree.map(lambda u, v: (alpha * u + v).astype(v.dtype), x, y)
 
 
+def add(a, b):
+  """Return a + b."""
+  return jax.tree.map(jnp.add, a, b)
+
+
+def scope(theta, which):
+  """Return the part of theta that `which` names.
+
+  Args:
+    theta: parameters without the MTP modules, or a gradient of them.
+    which: 'all', 'trunk' (the blocks) or 'readout' (all the rest).
+  """
+  if which == 'all':
+    return theta
+  return {k: v for k, v in theta.items() if (k == 'blocks') == (
+      which == 'trunk')}
+
+
 def shared(params):
   """Return theta: every top-level entry but the MTP modules."""
   return {k: v for k, v in params.items() if k != HEAD}

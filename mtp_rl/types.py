@@ -75,9 +75,11 @@ class OccState(NamedTuple):
   Attributes:
     average: float32 [K], exponential moving average of lambda (biased).
     count: int32 [], updates seen.
+    smoothness: float32 [], moving average of L eta (cross_fitted).
   """
   average: jax.Array
   count: jax.Array
+  smoothness: jax.Array
 
 
 class TrainState(NamedTuple):

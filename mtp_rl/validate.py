@@ -9,10 +9,12 @@ CHOICES = {
     'mtp.regime': config_lib.REGIMES,
     'mtp.reference': ('main_old', 'mtp_old'),
     'mtp.head_loss': ('ce', 'policy', 'joint'),
+    'mtp.kind': ('sequential', 'parallel'),
     'mtp.concat': ('h_emb', 'emb_h'),
     'mtp.hidden': ('post_norm', 'pre_norm'),
     'occ.estimator': config_lib.ESTIMATORS,
     'occ.heads': ('joint', 'per_head'),
+    'occ.scope': ('all', 'trunk', 'readout'),
     'rl.advantage': ('grpo', 'dr_grpo', 'rloo'),
     'rl.loss': ('ppo', 'gspo', 'cispo'),
     'rl.aggregation': masked.AGGREGATIONS,
@@ -54,11 +56,21 @@ def _validate_mtp(config):
         'occ.estimator=curvature solves for all heads together; set '
         'occ.heads=joint')
   measured = m.regime == 'occ_authors' or (
-      m.regime == 'occ' and o.estimator == 'logprob')
+      m.regime == 'occ' and o.estimator in ('logprob', 'authors'))
   _need(config.rl.minibatches > 1 or not measured,
         f'mtp.regime={m.regime} measures how far the policy moved since the '
         'rollout, and with rl.minibatches=1 that is nowhere: lambda would be 0 '
-        'always; set rl.minibatches >= 2 or occ.estimator=curvature')
+        'always; set rl.minibatches >= 2 or occ.estimator=exact')
+  _need(o.estimator != 'oracle',
+        'occ.estimator=oracle searches on held-out rollouts, for diagnosis '
+        'only (experiments.diagnose); set another estimator')
+  _need(o.scope == 'all' or o.estimator in (
+      'exact', 'preconditioned', 'cross_fitted'),
+        f'occ.scope={o.scope} is read by occ.estimator=exact, preconditioned '
+        f'and cross_fitted, but occ.estimator={o.estimator}; set occ.scope=all')
+  _need(m.kind == 'sequential' or not m.detach_embedding,
+        'mtp.kind=parallel reads no embedding; set mtp.detach_embedding=false')
+  _need(o.lambda_plus > 0, f'occ.lambda_plus={o.lambda_plus} must be positive')
   _need(0 <= o.ema < 1, f'occ.ema={o.ema} must lie in [0, 1)')
 
 
@@ -68,6 +80,15 @@ def _validate_batch(config):
         f'rl.prompts={r.prompts} does not split into rl.minibatches='
         f'{r.minibatches}; make it a multiple')
   rows = r.prompts // r.minibatches * r.group
+  if config.occ.estimator == 'cross_fitted':
+    n = config.occ.pieces
+    _need(n >= 2 and r.prompts // r.minibatches % n == 0,
+          f'occ.pieces={n} disjoint parts need as many prompts each, but a '
+          f'minibatch has {r.prompts // r.minibatches}; set occ.pieces to a '
+          'divisor of at least 2')
+    _need(rows // n % r.microbatches == 0,
+          f'a part of {rows // n} rows (occ.pieces={n}) does not split into '
+          f'rl.microbatches={r.microbatches}; make it a divisor')
   _need(rows % r.microbatches == 0,
         f'a minibatch of {rows} rows does not split into rl.microbatches='
         f'{r.microbatches}; make it a divisor')
@@ -108,12 +129,13 @@ def validate(config):
                 'rope_theta', 'norm_eps'),
       'rl': ('prompts', 'group', 'minibatches', 'microbatches', 'lr'),
       'warmup': ('batch', 'lr'), 'rollout': ('max_prompt', 'max_response'),
-      'eval': ('every', 'samples'), 'mesh': ('data', 'fsdp', 'model'),
+      'occ': ('probe_every', 'pieces'), 'eval': ('every', 'samples'),
+      'mesh': ('data', 'fsdp', 'model'),
       'run': ('checkpoint_every', 'keep'), 'task': ('held_out', 'timeout_s'),
   }
   natural = {
       'model': ('head_dim', 'head_chunk'),
-      'mtp': ('heads', 'coef', 'head_coef'),
+      'mtp': ('heads', 'coef', 'head_coef'), 'occ': ('guard',),
       'rl': ('steps', 'clip_low', 'clip_high', 'dual_clip', 'kl_coef',
              'tis_cap'),
       'optim': ('weight_decay', 'clip', 'warmup'),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_rl import config as config_lib
-from mtp_rl import train_step, types
+from mtp_rl import forward, types
 from tests import conftest
 
 V, ROWS, R, S = 13, 16, 6, 6
@@ -27,7 +27,7 @@ def config(regime='occ', **sections):
 @functools.cache
 def params(heads=1):
   """Return the parameters of K heads, one key."""
-  net = train_step.network(config(mtp=dict(heads=heads)), V)
+  net = forward.network(config(mtp=dict(heads=heads)), V)
   return net.init(jax.random.key(0), jnp.zeros((1, 5), int),
                   jnp.ones((1, 5), bool))['params']
 
@@ -42,7 +42,7 @@ def batch(heads=1, seed=0):
   valid[3, R:] = False
   tokens = np.where(valid, rng.integers(3, V, valid.shape), 0).astype(np.int32)
   out = jax.tree.map(np.asarray, jax.jit(functools.partial(
-      train_step.score, config=config(mtp=dict(heads=heads)), vocab_size=V))(
+      forward.score, config=config(mtp=dict(heads=heads)), vocab_size=V))(
           params(heads), tokens, valid))
   noise = lambda x: (x + rng.normal(size=x.shape) * .2).astype(np.float32)
   old = noise(out.main)

@@ -42,7 +42,7 @@ def test_heads_are_read_where_they_predict_the_token(heads):
             for _ in range(heads + 1)]
   matrix = rng.normal(size=(d, v)).astype(np.float32)
   tokens = rng.integers(0, v, (b, t))
-  out = logprobs.token_logprobs(states[0], states[1:], matrix, matrix, tokens,
+  out = logprobs.token_logprobs(states[0], states[1:], matrix, tokens,
                                 s)
   for k in range(heads + 1):
     for row in range(b):
@@ -61,7 +61,7 @@ def test_a_head_that_knows_the_next_token_has_no_loss():
   for k in (1, 2):
     ahead = np.roll(tokens, -(k + 1), axis=1)
     out.append(jax.nn.one_hot(ahead, 4) * 50.)
-  scored = logprobs.token_logprobs(out[0], out, jnp.eye(4), jnp.eye(4), tokens,
+  scored = logprobs.token_logprobs(out[0], out, jnp.eye(4), tokens,
                                    3)
   mask = logprobs.head_mask(np.ones_like(tokens, bool), 3, 2)
   np.testing.assert_allclose(mtp_loss.cross_entropy(scored.heads, mask), 0.,
@@ -75,7 +75,7 @@ def test_chunks_change_nothing(chunk):
   matrix = rng.normal(size=(4, 6)).astype(np.float32)
   tokens = rng.integers(0, 6, (2, 9))
   def run(matrix, chunk):
-    return logprobs.token_logprobs(h[0], h[1:], matrix, matrix, tokens, 5,
+    return logprobs.token_logprobs(h[0], h[1:], matrix, tokens, 5,
                                    chunk=chunk, temperature=.7, entropy=True,
                                    acceptance=True)
   whole, pieces = run(matrix, 0), run(matrix, chunk)
@@ -91,7 +91,7 @@ def test_entropy_and_acceptance_by_hand():
   tokens = np.zeros((1, 4), int)
   h0 = jnp.zeros((1, 4, 4))
   h1 = jnp.broadcast_to(jnp.log(jnp.asarray([.7, .1, .1, .1])), (1, 4, 4))
-  out = logprobs.token_logprobs(h0, (h1,), jnp.eye(4), jnp.eye(4), tokens, 2,
+  out = logprobs.token_logprobs(h0, (h1,), jnp.eye(4), tokens, 2,
                                 entropy=True, acceptance=True)
   np.testing.assert_allclose(out.entropy, np.log(4.), rtol=1e-6)
   np.testing.assert_allclose(out.overlap, .55, rtol=1e-5)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_rl import train_step, tree
+from mtp_rl import forward, tree
 from mtp_rl.models import transformer
 from mtp_rl.objectives import logprobs
 from tests import conftest
@@ -27,7 +27,7 @@ RAGGED = _tokens([(5, 4), (2, 3), (1, 0), (3, 1)])
 
 
 def _model(config):
-  net = train_step.network(config, V)
+  net = forward.network(config, V)
   params = net.init(jax.random.key(0), *RAGGED)['params']
   return net, params
 
@@ -120,7 +120,7 @@ def test_attention_is_softmax_attention():
 
 def test_swapped_concat_is_another_model(tiny):
   net, params = _model(tiny())
-  swapped = train_step.network(tiny(mtp=dict(concat='emb_h')), V)
+  swapped = forward.network(tiny(mtp=dict(concat='emb_h')), V)
   a = net.apply({'params': params}, *RAGGED)[1][0]
   b = swapped.apply({'params': params}, *RAGGED)[1][0]
   assert np.abs(a - b)[RAGGED[1]].max() > 1e-3
@@ -149,7 +149,7 @@ def _head_gradient(config):
   """Gradient of a heads-only loss over all parameters."""
   params = _model(config)[1]
   def loss(p):
-    out = train_step.score(p, *RAGGED, config=config, vocab_size=V)
+    out = forward.score(p, *RAGGED, config=config, vocab_size=V)
     return jnp.sum(jnp.where(logprobs.head_mask(RAGGED[1], S, 2)[..., :],
                              out.heads, 0.))
   return jax.jit(jax.grad(loss))(params)

@@ -23,8 +23,11 @@ def test_lambda_star_maximises_the_bound():
   # Delta(lambda*) = (1 - L eta)^2 c^2 / (2 L v^2); zero at 0 and 2 lambda*.
   np.testing.assert_allclose(
       occ.decomposition(star, c, v2, eta, smoothness),
-      (1 - smoothness * eta) ** 2 * c ** 2 / (2 * smoothness * v2), rtol=1e-6)
-  for lam in (0., 2 * star):
+      occ.best_gain(c, v2, smoothness, eta), rtol=1e-6)
+  np.testing.assert_allclose(occ.best_gain(c, v2, smoothness, eta),
+                             .6 ** 2 * .3 ** 2 / (2 * 4 * 2))
+  assert occ.helpful_interval(-star)[1] == 0
+  for lam in occ.helpful_interval(star):
     np.testing.assert_allclose(occ.decomposition(lam, c, v2, eta, smoothness),
                                0., atol=1e-9)
 
@@ -39,7 +42,8 @@ def test_logprob_products_by_hand():
   heads = old[..., None] + np.asarray(
       [[[.5, 5.], [-.5, .3]], [[1., .2], [9., 9.]]], np.float32)
   reference = np.broadcast_to(old[..., None], heads.shape)
-  p = occ.logprob_products(main, heads, old, reference, mask, head_mask)
+  p = occ.logprob_products(*occ.deltas(main, heads, old, reference, mask,
+                                       head_mask))
   np.testing.assert_allclose(p.c, [.05 - .1 - .1, .06 - .02], atol=1e-5)
   np.testing.assert_allclose(p.gram, [[1.5, -.15 + .2], [.05, .13]], atol=1e-5)
   np.testing.assert_allclose(p.rl, .06, atol=1e-5)
@@ -80,12 +84,11 @@ def test_no_perturbation_gives_a_finite_bounded_lambda():
 def test_authors_form_by_hand():
   # One microbatch of 2 tokens and 2 paddings: ratios .1/.5 and -.2/.4 of
   # delta_MTP^2 .25 and .16; mean over four positions.
-  zero = np.zeros((1, 1, 4), np.float32)
   d_rl = np.asarray([[[.1, -.2, 0, 0]]], np.float32)
   d_mtp = np.asarray([[[.5, .4, 0, 0]]], np.float32)
-  lam = occ.authors_coefficient(d_rl, d_mtp[..., None], zero, zero[..., None],
-                                .1, 1e-8)
-  np.testing.assert_allclose(lam, [.1 * (.05 / .25 - .08 / .16) / 4], rtol=1e-5)
+  lam = occ.authors_coefficient(d_rl, d_mtp[..., None], .1, 1e-8)
+  np.testing.assert_allclose(lam, [[.1 * (.05 / .25 - .08 / .16) / 4]],
+                             rtol=1e-5)
 
 
 def _quadratic(heads, seed=0, indefinite=False):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import tokenizers, train_step
+from mtp_rl import forward, tokenizers
 from mtp_rl.rollout import sampler
 from tests import conftest
 
@@ -19,7 +19,7 @@ PROMPTS = ['abcdef', 'a', 'fed', 'cc']
 
 @functools.cache
 def _params():
-  net = train_step.network(conftest.tiny_config(), V)
+  net = forward.network(conftest.tiny_config(), V)
   params = net.init(jax.random.key(0), jnp.zeros((1, 4), int),
                     jnp.ones((1, 4), bool))['params']
   # Sharper logits than an untrained model's, so that rows end and differ.
@@ -41,7 +41,7 @@ def test_sampler_log_probs_are_the_scored_ones(tiny, temperature):
   config = tiny(rollout=dict(temperature=temperature, max_response=8))
   tokens, sampled = _run(config, group=8)
   scored = jax.jit(functools.partial(
-      train_step.score, config=config, vocab_size=V))(_params(), *tokens)
+      forward.score, config=config, vocab_size=V))(_params(), *tokens)
   mask = tokens.valid[:, -8:]
   assert mask.sum() > 50 and not mask.all()
   np.testing.assert_allclose(sampled[mask], np.asarray(scored.main)[mask],
@@ -76,7 +76,7 @@ def test_prompts_stay_as_they_were_and_samples_are_adjacent(tiny):
 def test_greedy_is_the_argmax_of_the_full_forward(tiny):
   config = tiny(rollout=dict(max_response=8))
   tokens, _ = _run(config, greedy=True)
-  net = train_step.network(config, V)
+  net = forward.network(config, V)
   h, _ = net.apply({'params': _params()}, *tokens)
   best = np.argmax(h @ _params()['embed']['embedding'].T, -1)
   for row in range(len(PROMPTS)):

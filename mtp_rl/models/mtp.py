@@ -9,6 +9,12 @@ with the embedding of token i+k, and predicts token i+k+1:
 h^0 is the trunk's output after its final norm (or before it: `mtp.hidden`).
 Embedding and output head are the trunk's own. Following DeepSeek-V3; the
 order of the concat differs between published models (`mtp.concat`).
+
+With `mtp.kind` 'parallel' (Gloeckle et al. 2024) depth k has h^0_i alone,
+
+    h^k = norm_k(Block_k(h^0_i))
+
+so it must foresee x_{i+1} .. x_{i+k} as well as x_{i+k+1}.
 """
 
 import flax.linen as nn
@@ -36,8 +42,19 @@ class Module(nn.Module):
     return transformer.RMSNorm(m.norm_eps, name='final_norm')(x)
 
 
+class ParallelModule(nn.Module):
+  """One module that sees the trunk alone: a block and a final norm."""
+  model: object  # config.Model
+
+  @nn.compact
+  def __call__(self, hidden, angles, mask):
+    block = transformer.Block(self.model, name='block')
+    (x, _), _ = block((hidden, None), 0, angles, mask, 0)
+    return transformer.RMSNorm(self.model.norm_eps, name='final_norm')(x)
+
+
 class Modules(nn.Module):
-  """K modules, one upon the other; parameters 'depth_1' .. 'depth_K'."""
+  """K modules; parameters 'depth_1' .. 'depth_K'."""
   model: object  # config.Model
   mtp: object  # config.MTP
 
@@ -45,6 +62,10 @@ class Modules(nn.Module):
   def __call__(self, hidden, embeddings, angles, mask):
     if self.mtp.detach_hidden:
       hidden = jax.lax.stop_gradient(hidden)
+    if self.mtp.kind == 'parallel':
+      module = transformer.rematerialised(ParallelModule, self.model.remat)
+      return tuple(module(self.model, name=f'depth_{k}')(hidden, angles, mask)
+                   for k in range(1, self.mtp.heads + 1))
     if self.mtp.detach_embedding:
       embeddings = jax.lax.stop_gradient(embeddings)
     module = transformer.rematerialised(Module, self.model.remat)
@@ -91,17 +112,32 @@ class Decoder(nn.Module):
     Returns:
       h^0 after the final norm [B, T, D], and a tuple of h^1 .. h^K.
     """
-    x = self.embed(tokens)
-    angles = self._angles(transformer.positions_of(valid))
-    mask = transformer.causal_mask(valid, jnp.arange(tokens.shape[1]))
-    trunk, _ = self.blocks((x, None), angles, mask, 0)
-    h = self.final_norm(trunk)
+    x = self.trunk(tokens, valid)
+    h = self.norm(x)
     if self.is_initializing() and not self.model.tie_embeddings:
       self.lm_head(h)
-    if not (heads and self.mtp.heads):
-      return h, ()
-    below = h if self.mtp.hidden == 'post_norm' else trunk
-    return h, self.modules(below, x, angles, mask)
+    return h, self.ahead(x, tokens, valid) if heads else ()
+
+  def trunk(self, tokens, valid):
+    """Return the residual stream [B, T, D] before the final norm."""
+    angles = self._angles(transformer.positions_of(valid))
+    mask = transformer.causal_mask(valid, jnp.arange(tokens.shape[1]))
+    (x, _) = self.blocks((self.embed(tokens), None), angles, mask, 0)
+    return x
+
+  def norm(self, x):
+    """Return h^0 of the residual stream, what the main head reads."""
+    return self.final_norm(x)
+
+  def ahead(self, x, tokens, valid):
+    """Return h^1 .. h^K, each [B, T, D], from the residual stream."""
+    if not self.mtp.heads:
+      return ()
+    angles = self._angles(transformer.positions_of(valid))
+    mask = transformer.causal_mask(valid, jnp.arange(tokens.shape[1]))
+    below = self.final_norm(x) if self.mtp.hidden == 'post_norm' else x
+    embeddings = None if self.mtp.kind == 'parallel' else self.embed(tokens)
+    return self.modules(below, embeddings, angles, mask)
 
   def decode(self, tokens, positions, key_valid, cache, column):
     """Extend the cache by the columns of `tokens` and return their states.

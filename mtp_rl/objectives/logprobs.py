@@ -15,13 +15,13 @@ class LogProbs(NamedTuple):
   """Token-indexed results; each [B, S] or [B, S, K], float32.
 
   Attributes:
-    main: log-probs of the main head.
+    main: log-probs of the main head (None where it was left out).
     heads: log-probs of the MTP heads.
     entropy: of the main head in nats (None where it was not asked for).
     top1: True where an MTP head's argmax is the main head's (or None).
     overlap: sum_v min(p, q_k), the acceptance of speculative sampling (None).
   """
-  main: jax.Array
+  main: jax.Array | None
   heads: jax.Array
   entropy: jax.Array | None = None
   top1: jax.Array | None = None
@@ -96,19 +96,20 @@ def _log_softmax(states, matrix, temperature):
   return jax.nn.log_softmax(logits / temperature)
 
 
-def token_logprobs(hidden, heads, matrix, head_matrix, tokens, responses, *,
-                   chunk=0, temperature=1., entropy=False, acceptance=False):
+def token_logprobs(hidden, heads, matrix, tokens, responses, *, chunk=0,
+                   temperature=1., detach_head=False, entropy=False,
+                   acceptance=False):
   """Score the response tokens under the main head and every MTP head.
 
   Args:
-    hidden: [B, T, D], the main head's states.
+    hidden: [B, T, D], the main head's states, or None to leave it out.
     heads: K arrays [B, T, D].
-    matrix: [D, V], output head as the main head reads it.
-    head_matrix: [D, V], the same as the MTP heads read it.
+    matrix: [D, V], the output head.
     tokens: int32 [B, T].
     responses: S.
     chunk: columns whose logits are alive at once; 0 for all.
     temperature: of the sampling policy; divides the logits of every head.
+    detach_head: whether the MTP heads read the matrix without a gradient.
     entropy: whether to return the main head's entropy.
     acceptance: whether to return `top1` and `overlap`.
 
@@ -116,16 +117,21 @@ def token_logprobs(hidden, heads, matrix, head_matrix, tokens, responses, *,
     `LogProbs`.
   """
   states = tuple(response_states(h, k, responses)
-                 for k, h in enumerate((hidden, *heads)))
+                 for k, h in enumerate((hidden, *heads)) if h is not None)
 
   def score(states, targets):
     pick = lambda logp: jnp.take_along_axis(logp, targets[..., None],
                                             -1)[..., 0]
-    main = _log_softmax(states[0], matrix, temperature)
-    ahead = [_log_softmax(h, head_matrix, temperature) for h in states[1:]]
     stack = lambda xs: (jnp.stack(xs, -1) if xs else
                         jnp.zeros((*targets.shape, 0)))
-    out = LogProbs(pick(main), stack([pick(q) for q in ahead]))
+    other = jax.lax.stop_gradient(matrix) if detach_head else matrix
+    ahead = [_log_softmax(h, other, temperature)
+             for h in states[hidden is not None:]]
+    out = LogProbs(None, stack([pick(q) for q in ahead]))
+    if hidden is None:
+      return out
+    main = _log_softmax(states[0], matrix, temperature)
+    out = out._replace(main=pick(main))
     if entropy:
       out = out._replace(entropy=-jnp.sum(jnp.exp(main) * main, -1))
     if acceptance:

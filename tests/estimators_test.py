@@ -1,0 +1,208 @@
+"""Every estimator on a quadratic with known gradients, H and L; unbiasedness.
+
+J(theta) = b'theta + theta'H theta / 2 at theta = 0 with theta split in the
+readout ('embed') and the trunk ('blocks'). In float64: the numbers are exact.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_rl import config as config_lib
+from mtp_rl import estimators, occ
+
+N, READOUT, ETA = 12, 5, .05
+L = 4.
+PLUS = (1 - L * ETA) / (L * ETA)
+GRADIENT = ('exact', 'preconditioned', 'cross_fitted')
+
+
+def _tree(x):
+  return {'embed': x[:READOUT], 'blocks': x[READOUT:]}
+
+
+def _vector(theta):
+  return jnp.concatenate([theta['embed'], theta['blocks']])
+
+
+def _problem(heads, sign=1., concave=True, seed=0):
+  """b, H with eigenvalues in [-L, -.4], and g with sign <b, g_k> > 0."""
+  rng = np.random.default_rng(seed)
+  q, _ = np.linalg.qr(rng.normal(size=(N, N)))
+  h = -(q * np.linspace(.4, L, N)) @ q.T
+  b, g = rng.normal(size=N), rng.normal(size=(N, heads))
+  g = sign * (.3 * g + .2 * b[:, None])
+  assert np.all(np.sign(b @ g) == sign)
+  return b, h if concave else -h, g
+
+
+def _view(b, h, g, scale=None, parts=None):
+  """The `estimators.View` of the quadratic; P = diag(scale)."""
+  trees = _tree(jnp.asarray(b)), [_tree(jnp.asarray(x)) for x in g.T]
+  value = lambda t: (b @ _vector(t) + _vector(t) @ h @ _vector(t) / 2, None)
+
+  def directional(direction):
+    zero = jax.tree.map(jnp.zeros_like, direction)
+    _, gradient, _, product = occ.directional(value, zero, direction)
+    return gradient, product
+
+  def ahead(lam):
+    return value(_tree(ETA * (b + g @ lam)))[0]
+
+  only = lambda t: {'embed': t['embed']}
+  return estimators.View(
+      deltas=lambda: (jnp.asarray(b)[None], jnp.asarray(g)[None]),
+      readout=lambda: (only(trees[0]), [only(x) for x in trees[1]]),
+      gradients=lambda: trees, heads=lambda: trees[1],
+      parts=lambda: parts or [jax.tree.map(lambda x: x / 2, trees)] * 2,
+      directional=directional,
+      precondition=lambda t: _tree(_vector(t) * (
+          1. if scale is None else scale)),
+      ahead=ahead, eta=ETA, smoothness=L * ETA)
+
+
+def _config(**changes):
+  return config_lib.OCC(lambda_plus=PLUS, eps=1e-12, lambda_min=-30.,
+                        lambda_max=30., **changes)
+
+
+def _maximum(b, g, quadratic):
+  """argmax of  eta g'b lam - eta^2 (b + g lam)' Q (b + g lam) / 2."""
+  return np.linalg.solve(ETA * g.T @ quadratic @ g,
+                         g.T @ b - ETA * g.T @ quadratic @ b)
+
+
+def _analytic(name, b, h, g, scale):
+  """The lambda that an estimator stands for, from the maximum it claims."""
+  if name == 'authors':
+    return PLUS / g.shape[1] * np.mean(b[:, None] / g, axis=0)
+  if name == 'readout':
+    b, g = b[:READOUT], g[:READOUT]
+  if name in ('curvature', 'oracle'):
+    return _maximum(b, g, -h)
+  if name == 'preconditioned':  # the L-bound of a step along P(b + g lam)
+    scale = scale * (b @ (scale * b)) / np.sum((scale * b) ** 2)
+    p = scale[:, None] * g
+    return np.linalg.solve(L * ETA * p.T @ p,
+                           p.T @ b - L * ETA * p.T @ (scale * b))
+  return _maximum(b, g, L * np.eye(len(b)))
+
+
+@pytest.mark.parametrize('sign', [1., -1.])
+@pytest.mark.parametrize('heads', [1, 3])
+@pytest.mark.parametrize('name', estimators.ESTIMATORS)
+def test_the_analytic_lambda_of_a_quadratic(name, heads, sign):
+  with jax.enable_x64(True):
+    b, h, g = _problem(heads, sign)
+    scale = np.linspace(.5, 2., N)
+    view = _view(b, h, g, scale)
+    estimate = estimators.ESTIMATORS[name](view, _config())
+    expected = _analytic(name, b, h, g, scale)
+    assert estimate.lam.shape == (heads,)
+    np.testing.assert_allclose(estimate.lam, expected, rtol=1e-5, atol=1e-5)
+    assert name == 'authors' or heads > 1 or np.sign(expected[0]) == sign
+
+
+@pytest.mark.parametrize('name', GRADIENT)
+@pytest.mark.parametrize('scope, rows', [('trunk', slice(READOUT, N)),
+                                         ('readout', slice(0, READOUT))])
+def test_a_scope_measures_its_parameters_only(name, scope, rows):
+  with jax.enable_x64(True):
+    b, h, g = _problem(1)
+    estimate = estimators.ESTIMATORS[name](_view(b, h, g),
+                                           _config(scope=scope))
+    np.testing.assert_allclose(
+        estimate.lam, _maximum(b[rows], g[rows], L * np.eye(len(b[rows]))),
+        rtol=1e-5)
+    assert _vector(estimate.gradients[0]).shape == (N,)  # the step: all of it
+
+
+@pytest.mark.parametrize('name', estimators.ESTIMATORS)
+def test_no_perturbation_ends_finite_and_bounded(name):
+  b, h, g = _problem(1)
+  for size in (0., 1e-18):
+    estimate = estimators.ESTIMATORS[name](_view(b, h, size * g), _config())
+    config = dataclasses.replace(_config(), lambda_min=-1., lambda_max=1.)
+    lam, _ = occ.track(occ.initial_state(1), estimate.lam, config)
+    assert np.abs(lam) <= 1
+
+
+@pytest.mark.parametrize('heads', [1, 3])
+def test_without_a_maximum_curvature_falls_back_to_exact(heads):
+  b, h, g = _problem(heads, concave=False)
+  estimate = estimators.curvature(_view(b, h, g), _config())
+  assert estimate.info['concave'] == 0
+  np.testing.assert_allclose(
+      estimate.lam, estimators.exact(_view(b, h, g), _config()).lam)
+
+
+def test_preconditioned_does_not_know_the_scale_of_p():
+  b, h, g = _problem(1)
+  scale = np.linspace(.5, 2., N)
+  lam = [estimators.preconditioned(_view(b, h, g, s * scale), _config()).lam
+         for s in (1., 1000.)]
+  np.testing.assert_allclose(*lam, rtol=1e-4)
+
+
+@functools.cache
+def _noisy(draws=4000, n=4, noise=3.):
+  """c_cross and c_same of gradients whose two roles share their noise."""
+  rng = np.random.default_rng(1)
+  b, _, g = _problem(1)
+  shared = noise * rng.normal(size=(draws, n, N))
+  g_rl = (b + shared) / n
+  g_mtp = (g[:, 0] + shared + rng.normal(size=shared.shape)) / n
+
+  def one(rl, mtp):
+    parts = [(rl[i], [mtp[i]]) for i in range(n)]
+    same = jnp.sum(rl, 0) @ jnp.sum(mtp, 0)
+    return occ.cross_products(parts, jnp.dot)[0], same
+
+  cross, same = jax.jit(jax.vmap(one))(g_rl, g_mtp)
+  return np.asarray(cross), np.asarray(same), b @ g[:, 0], noise ** 2 * N / n
+
+
+def test_cross_fitting_is_unbiased_and_one_batch_is_not():
+  cross, same, truth, bias = _noisy()
+  z = lambda x, mean: (x.mean() - mean) / (x.std() / np.sqrt(len(x)))
+  assert abs(z(cross, truth)) < 3
+  # The noise that both share adds its variance: E c_same = c + sigma^2 N / n.
+  assert z(same, truth) > 30
+  assert abs(z(same, truth + bias)) < 3
+
+
+def test_smoothness_of_a_gradient_step_is_l_eta():
+  b, h, _ = _problem(1)
+  move = ETA * b
+  achieved = b @ move + move @ h @ move / 2
+  ratio = occ.smoothness_ratio(b @ move, achieved, b @ move)
+  np.testing.assert_allclose(ratio, ETA * -(b @ h @ b) / (b @ b))
+  state = occ.initial_state(1, PLUS)
+  np.testing.assert_allclose(state.smoothness, L * ETA, rtol=1e-6)
+  for value, expected in ((.5, .9 * L * ETA + .05), (np.nan, L * ETA),
+                          (9., .9 * L * ETA + .1),
+                          (-1., .9 * L * ETA + .005)):
+    after = occ.track_smoothness(state, value)
+    np.testing.assert_allclose(after.smoothness, expected, rtol=1e-5)
+
+
+def test_guard_bounds_the_perturbation():
+  products = occ.Products(jnp.ones(2), jnp.asarray([[4., 1.], [1., 9.]]),
+                          jnp.float32(1.))
+  lam = jnp.asarray([1., -1.])  # ||lambda g||^2 = 4 - 2 + 9 = 11
+  np.testing.assert_allclose(occ.guard(lam, products, 10.), lam)
+  np.testing.assert_allclose(occ.guard(lam, products, .5),
+                             .5 / np.sqrt(11) * np.asarray(lam), rtol=1e-6)
+  np.testing.assert_array_equal(occ.guard(0 * lam, products, .5), [0, 0])
+
+
+def test_vertex_of_a_sampled_parabola():
+  grid = np.linspace(-1., 1., 9)
+  for best in (.1234, -.9, .999):
+    np.testing.assert_allclose(occ.vertex(grid, -(grid - best) ** 2), best,
+                               atol=1e-6)
+  assert occ.vertex(grid, grid) == 1 and occ.vertex(grid, -grid) == -1
