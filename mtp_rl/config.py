@@ -130,10 +130,14 @@ class Task:
   """What is asked; each task reads its own fields."""
   name: str = 'arithmetic'
   held_out: int = 256  # problems set apart for evaluation
-  min_terms: int = 4  # arithmetic
+  min_terms: int = 4  # arithmetic, subset_sum
   max_terms: int = 6
   noisy_facts: int = 40  # of the 100 (running sum, digit) facts
   noise: float = 0.6  # chance that a noisy fact is written wrong
+  degree: int = 2  # path_finding: arms of a star
+  arm: int = 3  # path_finding: edges of an arm
+  nodes: int = 12  # path_finding: characters that nodes are drawn from
+  largest: int = 4  # subset_sum: digits are 1 to this
   dataset: str = ''  # reasoning_gym
   options: str = '{}'  # reasoning_gym: JSON object of the data set's settings
   size: int = 4000  # reasoning_gym: questions drawn before the split

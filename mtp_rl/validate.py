@@ -21,7 +21,7 @@ CHOICES = {
     'rl.kl_kind': ('k1', 'k2', 'k3'),
     'optim.clip_mode': ('separate', 'joint'),
     'optim.schedule': ('constant', 'cosine', 'linear'),
-    'task.name': ('arithmetic', 'reasoning_gym'),
+    'task.name': ('arithmetic', 'path_finding', 'reasoning_gym', 'subset_sum'),
 }
 
 

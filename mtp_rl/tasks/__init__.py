@@ -13,7 +13,9 @@ from mtp_rl import config as config_lib
 from mtp_rl import tokenizers, types
 
 MODULES = {'arithmetic': 'mtp_rl.tasks.arithmetic',
-           'reasoning_gym': 'mtp_rl.tasks.reasoning_gym'}
+           'path_finding': 'mtp_rl.tasks.path_finding',
+           'reasoning_gym': 'mtp_rl.tasks.reasoning_gym',
+           'subset_sum': 'mtp_rl.tasks.subset_sum'}
 
 
 class Task(Protocol):

@@ -1,0 +1,28 @@
+"""Paths in star graphs: a warm-up that guesses the arm, then RL with OCC.
+
+    python -m experiments.train --config=configs/path_finding.py --workdir=DIR
+
+Measured with --config.mtp.regime=detach, seed 0 alone: held-out greedy
+accuracy .48 after the warm-up (1 / degree is .50) and .96 after RL, avg@4 .33
+and .90, in 30 seconds of CPU time. Other regimes and seeds are not measured
+yet. The warm-up ends just before its loss falls by itself: in this run
+200 steps of it already reach 1.0, so another seed, batch or learning rate may
+leave RL nothing to do.
+"""
+
+from mtp_rl import config as config_lib
+
+
+def get_config(presets='dapo'):
+  """Return the config; `presets` is the text after the colon of --config."""
+  config = config_lib.Config()
+  config.model = config_lib.Model(d_model=64, n_layers=2, n_heads=4,
+                                  n_kv_heads=2, d_ff=192, head_chunk=0)
+  config.task = config_lib.Task(name='path_finding', degree=2, arm=2, nodes=8)
+  config.rollout = config_lib.Rollout(max_prompt=12, max_response=3)
+  config.warmup = config_lib.Warmup(steps=100, batch=128, lr=4e-3)
+  config.rl = config_lib.RL(steps=100, prompts=32, group=8, minibatches=4,
+                            lr=5e-4)
+  config.eval = config_lib.Eval(every=25)
+  config.optim = config_lib.Optim(warmup=20)
+  return config_lib.preset(config, presets)

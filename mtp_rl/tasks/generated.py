@@ -1,0 +1,87 @@
+"""What tasks drawn at random share: streams, the split, the empty chores."""
+
+import zlib
+
+import numpy as np
+
+from mtp_rl import tokenizers
+
+HELD_OUT_SHARE = 8  # one prompt in 8, by checksum, is never trained on
+_TRAIN, _SUPERVISED, _TEST, _PROBE = range(4)
+
+
+def is_held_out(prompt):
+  """Return whether a prompt belongs to evaluation, by its text alone."""
+  return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
+
+
+class Generated:
+  """Members of `tasks.Task`, but for what a subclass adds.
+
+  A subclass gives `draw(rng)`, a `types.Example` with its solution, and
+  `score(example, text)`, the reward of a stripped completion.
+  """
+
+  def __init__(self, name, characters, seed, held_out):
+    """Draw the held-out set.
+
+    Args:
+      name: of the held-out set.
+      characters: all that prompts and solutions are written in.
+      seed: int.
+      held_out: problems to set apart; fewer where the task has fewer.
+    """
+    self.tokenizer = tokenizers.CharTokenizer(characters)
+    self._name, self._seed = name, seed
+    rng, test = self._rng(_TEST, 0), {}
+    # A task with few prompts runs out of new ones: the number of draws ends.
+    for _ in range(8 * HELD_OUT_SHARE * held_out):
+      if len(test) == held_out:
+        break
+      example = self.draw(rng)
+      if is_held_out(example.prompt):
+        test.setdefault(example.prompt, example)
+    self._test = list(test.values())
+
+  def _rng(self, stream, step):
+    return np.random.default_rng([self._seed, stream, step])
+
+  def _batch(self, stream, step, count):
+    rng, out = self._rng(stream, step), []
+    while len(out) < count:
+      example = self.draw(rng)
+      if not is_held_out(example.prompt):
+        out.append(example)
+    return out
+
+  def prompts(self, step, count):
+    """Return training problems."""
+    return self._batch(_TRAIN, step, count)
+
+  def supervised(self, step, count):
+    """Return training problems with solutions, of a stream of their own."""
+    return self._batch(_SUPERVISED, step, count)
+
+  def held_out(self):
+    """Return the one evaluation set by the task's name."""
+    return {self._name: self._test}
+
+  def probe(self):
+    """Return one problem; a task of several lengths returns its longest."""
+    return self._batch(_PROBE, 0, 1)
+
+  def extract(self, completion):
+    """Return the whole completion, stripped."""
+    return completion.strip()
+
+  def rewards(self, examples, completions):
+    """Return each completion's reward."""
+    return [float(self.score(e, self.extract(c)))
+            for e, c in zip(examples, completions, strict=True)]
+
+  def counts(self):
+    """Return {}: nothing can go wrong here."""
+    return {}
+
+  def close(self):
+    """There is no process to end."""
