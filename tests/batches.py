@@ -11,17 +11,18 @@ from mtp_rl import forward, types
 from tests import conftest
 
 V, ROWS, R, S = 13, 16, 6, 6
-REGIMES = config_lib.REGIMES + ('curvature',)
+REGIMES = config_lib.REGIMES + ('readout', 'exact', 'preconditioned',
+                                'cross_fitted', 'curvature')
 
 
 def config(regime='occ', **sections):
-  """Return a tiny config; 'curvature' is regime occ with that estimator."""
+  """Return a tiny config; an estimator's name is regime occ with it."""
   mtp = dict(regime=regime, coef=.3, **sections.pop('mtp', {}))
-  extra = {}
-  if regime == 'curvature':
+  extra = sections.pop('occ', {})
+  if regime in config_lib.ESTIMATORS:
     mtp['regime'] = 'occ'
-    extra['occ'] = dict(estimator='curvature', eta=.1)
-  return conftest.tiny_config(mtp=mtp, **{**extra, **sections})
+    extra = dict(estimator=regime, eta=.1) | extra
+  return conftest.tiny_config(mtp=mtp, occ=extra, **sections)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The update: pullbacks, regimes, accumulation, sharding, curvature."""
 
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_rl import forward, gradients, occ, tree
+from mtp_rl.models import transformer
 from mtp_rl.objectives import logprobs, policy
 from mtp_rl.objectives import mtp as mtp_loss
 from tests import batches
@@ -44,7 +46,7 @@ def _losses(config, heads=1):
 
 @pytest.mark.parametrize('regime, heads, head_loss', [
     ('ce', 1, 'joint'), ('policy', 2, 'joint'), ('policy', 1, 'ce'),
-    ('occ', 1, 'ce'), ('occ', 2, 'policy')])
+    ('occ', 1, 'ce'), ('occ', 2, 'policy'), ('occ', 1, 'policy')])
 def test_one_pullback_is_the_sum_of_the_gradients(regime, heads, head_loss):
   config = batches.config(regime, mtp=dict(heads=heads, head_loss=head_loss,
                                     reference='mtp_old'),
@@ -116,15 +118,24 @@ def test_authors_lambda_scales_the_advantages():
   batches.assert_close(got, plain)
 
 
-def test_exact_products_are_those_of_plain_gradients():
-  config = batches.config('curvature', mtp=dict(heads=2))
-  got, _, metrics = _gradients(config, 2)
-  l_rl, l_mtp = _losses(config, 2)
-  theta, psi = tree.shared(batches.params(2)), tree.head(batches.params(2))
+@functools.cache
+def _plain(heads=2):
+  """g_RL and [g_k] over theta by plain differentiation of each loss."""
+  l_rl, l_mtp = _losses(batches.config('exact', mtp=dict(heads=heads)), heads)
+  theta = tree.shared(batches.params(heads))
+  psi = tree.head(batches.params(heads))
   up = lambda f: (lambda t: -f({**t, **psi}))
-  g_rl = jax.jit(jax.grad(up(l_rl)))(theta)
   jac = jax.jit(jax.jacrev(up(l_mtp['policy'])))(theta)
-  g = [jax.tree.map(lambda x: x[k], jac) for k in range(2)]
+  return (jax.jit(jax.grad(up(l_rl)))(theta),
+          [jax.tree.map(lambda x, k=k: x[k], jac) for k in range(heads)])
+
+
+@pytest.mark.parametrize('estimator', ['exact', 'preconditioned',
+                                       'cross_fitted', 'curvature'])
+def test_exact_products_are_those_of_plain_gradients(estimator):
+  config = batches.config(estimator, mtp=dict(heads=2))
+  got, _, metrics = _gradients(config, 2)
+  g_rl, g = _plain()
   dots = [float(tree.dot(g_rl, x)) for x in g]
   np.testing.assert_allclose(metrics['occ/exact/c'], sum(dots), rtol=1e-3)
   np.testing.assert_allclose(metrics['occ/exact/v2'],
@@ -132,6 +143,76 @@ def test_exact_products_are_those_of_plain_gradients():
   lam = [float(metrics[f'occ/lambda_{k + 1}']) for k in range(2)]
   expected = tree.axpy(lam[1], g[1], tree.axpy(lam[0], g[0], g_rl))
   batches.assert_close(tree.shared(got), jax.tree.map(jnp.negative, expected))
+
+
+def test_exact_lambda_is_that_of_plain_gradients():
+  g_rl, g = _plain()
+  gram = np.asarray([[float(tree.dot(a, b)) for b in g] for a in g])
+  c = np.asarray([float(tree.dot(g_rl, a)) for a in g])
+  config = batches.config('exact', mtp=dict(heads=2),
+                          occ=dict(lambda_min=-99., lambda_max=99.))
+  metrics = _gradients(config, 2)[2]
+  np.testing.assert_allclose([metrics['occ/lambda_1'], metrics['occ/lambda_2']],
+                             np.linalg.solve(gram, c), rtol=1e-3)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_readout_holds_the_trunk_fixed(tied):
+  config = batches.config('readout', model=dict(tie_embeddings=tied))
+  params = forward.network(config, V).init(
+      jax.random.key(1), jnp.zeros((1, 5), int), jnp.ones((1, 5), bool))[
+          'params']
+  batch = batches.batch()
+  out = jax.jit(lambda p: gradients.gradients(
+      p, batch, occ.initial_state(1), config, V).metrics)(params)
+  net, mask = forward.network(config, V), logprobs.head_mask(batch.valid, S, 1)
+  fixed = net.apply({'params': params}, batch.tokens, batch.valid,
+                    method='trunk')
+
+  def losses(p):
+    h = net.apply({'params': p}, fixed, method='norm')
+    ahead = net.apply({'params': p}, fixed, batch.tokens, batch.valid,
+                      method='ahead')
+    scored = logprobs.token_logprobs(
+        h, ahead, transformer.head_matrix(p), batch.tokens, S)
+    return jnp.stack([
+        policy.rl_loss(scored.main, None, batch, config.rl)[0],
+        mtp_loss.policy_losses(scored.heads, mask, batch, config.rl,
+                               'main_old')[0][0]])
+  jac = tree.shared(jax.jit(jax.jacrev(losses))(params))
+  g_rl, g = (jax.tree.map(lambda x, i=i: x[i], jac) for i in range(2))
+  assert float(tree.norm(g_rl['blocks'])) == 0
+  np.testing.assert_allclose(out['occ/readout/c'], tree.dot(g_rl, g),
+                             rtol=1e-4)
+  np.testing.assert_allclose(out['occ/readout/v2'], tree.dot(g, g), rtol=1e-4)
+
+
+def test_cross_fitting_pairs_disjoint_prompts():
+  config = batches.config('cross_fitted')
+  metrics = _gradients(config)[2]
+  batch, psi = batches.batch(), tree.head(batches.params())
+  mask = logprobs.head_mask(batch.valid, S, 1)
+
+  def gradient(theta, parity, kind):
+    """Of the whole minibatch's loss, through the rows of some prompts."""
+    own = (jnp.arange(batches.ROWS) // config.rl.group % 2 == parity)[:, None]
+    def loss(theta):
+      out = forward.score({**theta, **psi}, batch.tokens, batch.valid,
+                          config=config, vocab_size=V)
+      if kind == 'rl':
+        main = jnp.where(own, out.main, jax.lax.stop_gradient(out.main))
+        return policy.rl_loss(main, None, batch, config.rl)[0]
+      heads = jnp.where(own[..., None], out.heads,
+                        jax.lax.stop_gradient(out.heads))
+      return mtp_loss.policy_losses(heads, mask, batch, config.rl,
+                                    'main_old')[0][0]
+    return jax.grad(loss)(theta)
+
+  theta = tree.shared(batches.params())
+  gradient = jax.jit(gradient, static_argnums=2)
+  cross = 2 * sum(tree.dot(gradient(theta, i, 'rl'),
+                           gradient(theta, 1 - i, 'mtp')) for i in (0, 1))
+  np.testing.assert_allclose(metrics['occ/exact/c_cross'], cross, rtol=1e-3)
 
 
 def test_hessian_vector_product_is_the_central_difference():
@@ -172,7 +253,9 @@ def test_hessian_vector_product_is_the_central_difference():
                              rtol=5e-3)
 
 
-@pytest.mark.parametrize('regime', ['detach', 'ce', 'occ', 'curvature'])
+@pytest.mark.parametrize('regime', ['rl_only', 'detach', 'ce', 'policy', 'occ',
+                                    'readout', 'exact', 'cross_fitted',
+                                    'curvature'])
 def test_accumulated_is_whole(regime):
   sections = dict(rl=dict(loss='gspo', dual_clip=0., clip_low=.05,
                           clip_high=.05, aggregation='seq-mean-token-mean'))

@@ -133,6 +133,21 @@ def test_swapped_concat_is_another_model(tiny):
   np.testing.assert_allclose(c, a, atol=1e-5)
 
 
+@pytest.mark.parametrize('kind', ['sequential', 'parallel'])
+def test_only_a_sequential_module_sees_the_tokens_between(kind, tiny):
+  net, params = _model(tiny(mtp=dict(kind=kind, heads=2)))
+  tokens, valid = _tokens([(5, 4), (5, 4)])
+  states = net.apply({'params': params}, tokens, valid)[1]
+  place = tokens.shape[1] - 3
+  other = np.asarray(tokens).copy()
+  other[:, place] = 3 + (other[:, place] - 2) % (V - 3)
+  moved = net.apply({'params': params}, other, valid)[1]
+  for k in (1, 2):
+    gap = np.abs(states[k - 1] - moved[k - 1]).max(-1)
+    seen = place - k if kind == 'sequential' else place
+    assert gap[:, :seen].max() == 0 and gap[:, seen].min() > 0, k
+
+
 @pytest.mark.parametrize('hidden', ['post_norm', 'pre_norm'])
 def test_which_trunk_state_depth_1_receives(hidden, tiny):
   net, params = _model(tiny(mtp=dict(hidden=hidden)))
