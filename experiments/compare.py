@@ -1,4 +1,4 @@
-"""Regimes x estimators x seeds on one config, paired by seed.
+r"""Regimes x estimators x seeds on one config, paired by seed.
 
     python -m experiments.compare --config=configs/quickstart.py \
         --workdir=DIR --preset=table1 --seeds=5 --jobs=2

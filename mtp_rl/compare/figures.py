@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 from matplotlib import figure as mpl_figure
+from matplotlib import ticker
 
 _COLOURS = ('#707070', '#111111', '#c03030', '#e08a1e', '#2060a8', '#3a8f5c',
             '#8a55b0', '#14a0a8', '#b06a3a', '#d060a0')
@@ -68,6 +69,7 @@ def _draw(axis, variants, runs, pick, styles, width=1):
                         alpha=.12, lw=0)
   axis.grid(alpha=.25)
   axis.set_xlabel('RL step')
+  axis.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
 
 
 def _figure(rows, columns, title, width=4.4, height=3.):
@@ -167,6 +169,7 @@ def forest(rows, directory, title):
                       if axis is line[0] else [''] * len(mine), fontsize=8)
       axis.set_title(f'{group}: {name}', fontsize=9)
       axis.tick_params(axis='x', labelsize=8)
+      axis.xaxis.set_major_locator(ticker.MaxNLocator(4))
       axis.grid(axis='x', alpha=.25)
   figure.legend(handles.values(), handles.keys(), loc='outside right center',
                 frameon=False, fontsize=8)
@@ -183,6 +186,8 @@ def draw_all(variants, runs, rows, directory, title):
     directory: where the PNG files go.
     title: above each figure.
   """
-  learning(variants, runs, directory, title)
-  coefficient(variants, runs, directory, title)
+  several = any(len(seeds) > 1 for seeds in runs.values())
+  bands = title + ('; bands: 1 standard deviation' if several else '')
+  learning(variants, runs, directory, bands)
+  coefficient(variants, runs, directory, bands)
   forest(rows, directory, title + '; paired by seed, 95 % intervals')

@@ -125,7 +125,7 @@ def _environment(workdir):
   out = dict(os.environ)
   out.setdefault('JAX_COMPILATION_CACHE_DIR',
                  os.path.abspath(os.path.join(workdir, 'cache')))
-  out.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+  out.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
   out['PYTHONPATH'] = os.pathsep.join(
       filter(None, [str(_ROOT), out.get('PYTHONPATH')]))
   return out
@@ -188,8 +188,8 @@ def write_report(study, failed=None):
   rows = report.compare(study.variants, runs)
   task = study.base.task
   title = (f'{task.name} {task.dataset}'.strip() +
-           f': {len(study.variants)} variants, {len(study.seeds)} seeds, '
-           f'{study.base.rl.steps} RL steps')
+           f': {len(study.variants)} variants, seeds: {len(study.seeds)}, '
+           f'RL steps: {study.base.rl.steps}')
   missing = [f'{v.name}/seed_{s}' for v in study.variants
              for s in study.seeds if s not in runs[v.name]]
   metrics.write_json(
