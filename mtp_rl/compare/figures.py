@@ -72,12 +72,12 @@ def _draw(axis, variants, runs, pick, styles, width=1):
   axis.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
 
 
-def _figure(rows, columns, title, width=4.4, height=3.):
+def _figure(rows, columns, title, width=4.4, height=3., **kw):
   figure = mpl_figure.Figure(figsize=(width * columns + 1.6,
                                       height * rows + .5),
                              layout='constrained')
   figure.suptitle(title, fontsize=11)
-  return figure, figure.subplots(rows, columns, squeeze=False)
+  return figure, figure.subplots(rows, columns, squeeze=False, **kw)
 
 
 def _legend(axis):
@@ -110,24 +110,23 @@ def learning(variants, runs, directory, title):
 
 
 def coefficient(variants, runs, directory, title):
-  """Draw lambda of every variant whose regime computes it, a panel a group."""
+  """Draw lambda of every variant whose regime computes it, a panel each."""
   mine = [v for v in variants if v.config.mtp.regime.startswith('occ')
           and runs[v.name]]
   if not mine:
     return
-  styles, groups = _styles(variants), _groups(mine)
-  columns = min(2, len(groups))
-  figure, axes = _figure(-(-len(groups) // columns), columns, title, width=5.)
+  styles, columns = _styles(variants), min(3, len(mine))
+  figure, axes = _figure(-(-len(mine) // columns), columns, title, width=3.8,
+                         height=2.5, sharex=True, sharey=True)
   axes = axes.ravel()
-  for axis, group in zip(axes, groups):
-    _draw(axis, [v for v in mine if v.group == group], runs,
-          lambda r: r.get('occ/lambda'), styles)
+  for axis, v in zip(axes, mine):
+    _draw(axis, [v], runs, lambda r: r.get('occ/lambda'), styles)
     axis.axhline(0, color='#909090', lw=.6, zorder=0)
     axis.set_yscale('symlog', linthresh=1e-2)
-    axis.set_title(f'{group}: lambda', fontsize=10)
-    _legend(axis)
-  for axis in axes[len(groups):]:
+    axis.set_title(f'{v.group}: {v.label}', fontsize=9)
+  for axis in axes[len(mine):]:
     axis.set_axis_off()
+  figure.supylabel('lambda', fontsize=10)
   _save(figure, directory, 'lambda')
 
 
@@ -146,9 +145,10 @@ def forest(rows, directory, title):
   if not rows:
     return
   groups = list(dict.fromkeys(r['group'] for r in rows))
-  most = max(sum(r['group'] == g for r in rows) for g in groups)
+  heights = [.34 * sum(r['group'] == g for r in rows) + .8 for g in groups]
   figure, axes = _figure(len(groups), len(shown), title, width=3.6,
-                         height=.34 * most + 1.)
+                         height=sum(heights) / len(groups),
+                         height_ratios=heights)
   handles = {}
   for line, group in zip(axes, groups):
     mine = [r for r in rows if r['group'] == group][::-1]
