@@ -1,6 +1,7 @@
 """The figures of a comparison, drawn from metrics alone."""
 
 import os
+import textwrap
 
 import numpy as np
 from matplotlib import figure as mpl_figure
@@ -76,7 +77,8 @@ def _figure(rows, columns, title, width=4.4, height=3., **kw):
   figure = mpl_figure.Figure(figsize=(width * columns + 1.6,
                                       height * rows + .5),
                              layout='constrained')
-  figure.suptitle(title, fontsize=11)
+  wrapped = textwrap.fill(title, int(11 * figure.get_figwidth()))
+  figure.suptitle(wrapped, fontsize=11)
   return figure, figure.subplots(rows, columns, squeeze=False, **kw)
 
 
