@@ -13,7 +13,7 @@ import pytest
 from configs import from_json
 from mtp_rl import config as config_lib
 from mtp_rl import trainer
-from mtp_rl.compare import grid, jobs, report, study
+from mtp_rl.compare import figures, grid, jobs, report, study
 from tests import conftest
 
 
@@ -251,6 +251,16 @@ def test_a_comparison_from_warm_up_to_figures(real, monkeypatch):
 
   monkeypatch.setattr(jobs.subprocess, 'Popen', None)  # nothing may start
   assert study.run(real, 2) == ({}, False)
+
+
+@pytest.mark.filterwarnings('error')
+def test_figures_do_without_the_runs_of_a_variant(real, tmp_path):
+  runs = report.collect(real.variants, real.seeds, real.path)
+  runs['still'] = {}
+  rows = report.compare(real.variants, runs)
+  figures.draw_all(real.variants, runs, rows, str(tmp_path), 'title')
+  assert 'against' in rows[1] and not rows[1]['against']['rl_only']
+  assert (tmp_path / 'learning.png').exists()
 
 
 def test_a_missing_run_is_named_and_its_seed_left_out(real, monkeypatch):

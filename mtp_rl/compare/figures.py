@@ -37,9 +37,11 @@ def _curve(runs, pick):
       value = pick(row)
       if value is not None:
         seen.setdefault(row['step'], []).append(value)
-  full = max((len(v) for v in seen.values()), default=0)
+  if not seen:
+    return [], np.zeros(0), np.zeros(0)
+  full = max(len(v) for v in seen.values())
   steps = sorted(s for s, v in seen.items() if len(v) == full)
-  values = np.asarray([seen[s] for s in steps]).reshape(len(steps), full)
+  values = np.asarray([seen[s] for s in steps])
   return steps, values.mean(1), values.std(1, ddof=1 if full > 1 else 0)
 
 
