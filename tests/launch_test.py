@@ -30,6 +30,11 @@ def _run(module, *flags):
     ('train', (QUICK, '--config.rollout.max_prompt=3'), 'rollout.max_prompt=3'),
     ('pretrain', (QUICK, '--config.task.name=chess'), 'chess'),
     ('evaluate', (), 'config.json'),
+    ('compare', (QUICK,), '--preset'),
+    ('compare', (QUICK, '--preset=table1', '--config.mtp.regime=ce'),
+     '--config.mtp.regime is overruled by variant dapo-paper-rl_only'),
+    ('compare', (QUICK, '--preset=table2', '--report_only'), 'no complete run'),
+    ('train', ('--config=configs/from_json.py:nowhere',), 'nowhere'),
 ])
 def test_bad_input_is_one_sentence_within_seconds(module, flags, said,
                                                   tmp_path):

@@ -22,11 +22,12 @@ FLOORS = (
     ('estimators',),
     ('gradients',),
     ('rollout.experience', 'train_step', 'evaluate', 'checkpoint', 'metrics',
-     'plots'),
-    ('trainer',),
+     'plots', 'compare.grid', 'compare.figures', 'compare.jobs'),
+    ('trainer', 'compare.report'),
+    ('compare.study',),
 )
 LEVEL = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-PACKAGES = ('', 'models', 'objectives', 'rollout')
+PACKAGES = ('', 'models', 'objectives', 'rollout', 'compare')
 FILES = sorted((ROOT / 'mtp_rl').rglob('*.py'))
 
 

@@ -1,0 +1,63 @@
+r"""Regimes x estimators x seeds on one config, paired by seed.
+
+    python -m experiments.compare --config=configs/quickstart.py \
+        --workdir=DIR --preset=table1 --seeds=5 --jobs=2
+
+One warm-up a seed, then each variant trains from it in a process of its own;
+--config.rl.steps=60 and the like hold for all. Ctrl-C or SIGTERM stops; the
+same command resumes. Free variants beside the presets or in their place:
+    --variants='a:mtp.regime=occ;b:mtp.regime=occ,occ.estimator=curvature'
+"""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import launch
+
+CONFIG = launch.define_config()
+_PRESET = flags.DEFINE_list('preset', [], 'Of table1, table2, trace.')
+_VARIANTS = flags.DEFINE_string('variants', '', 'name:section.field=value,...;')
+_CLIPS = flags.DEFINE_list('clips', ['paper', 'separate'], 'How to clip.')
+_OBJECTIVES = flags.DEFINE_list(
+    'objectives', None, 'Of config.PRESETS; default: those of the preset.')
+_ESTIMATORS = flags.DEFINE_list(
+    'estimators', None, 'Of OCC; default: logprob, in trace all.')
+_COEF = flags.DEFINE_float(
+    'coef', None, 'Lambda of ce and policy in table1; default: 1 and .1.')
+_SEEDS = flags.DEFINE_integer('seeds', 5, 'How many.', lower_bound=1)
+_JOBS = flags.DEFINE_integer('jobs', 1, 'Runs at a time.', lower_bound=1)
+_REPORT_ONLY = flags.DEFINE_bool('report_only', False, 'Only the tables.')
+
+
+def _study():
+  from mtp_rl.compare import grid, study  # after the flags: a typo is quick
+  base = CONFIG.value
+  variants = [v for preset in _PRESET.value for v in grid.preset_variants(
+      base, preset, _CLIPS.value, _ESTIMATORS.value, _COEF.value,
+      _OBJECTIVES.value)]
+  variants += grid.free_variants(base, _VARIANTS.value)
+  overridden = config_flags.get_override_values(flags.FLAGS['config'])
+  return study.Study(base, grid.check(base, variants, overridden),
+                     [base.seed + i for i in range(_SEEDS.value)],
+                     launch.WORKDIR.value)
+
+
+def main():
+  """Run, write tables and figures, and say what failed."""
+  from mtp_rl.compare import study
+  plan, failed, stopped = _study(), {}, False
+  if not _REPORT_ONLY.value:
+    failed, stopped = study.run(plan, _JOBS.value)
+  if stopped:
+    sys.exit('interrupted; the same command resumes, and --report_only '
+             'makes the tables of the runs that are complete')
+  print(f'see {study.write_report(plan, failed)} and figures beside it')
+  if failed:
+    sys.exit(f'error: {len(failed)} runs failed: {", ".join(failed)}; '
+             'see their log.txt, the same command tries again')
+
+
+if __name__ == '__main__':
+  launch.run(main)

@@ -1,0 +1,1 @@
+"""Many runs, seed by seed: which variants, the processes, the statistics."""

@@ -1,0 +1,236 @@
+"""Seed-paired statistics of complete runs, and their tables.
+
+A difference is taken within a seed (both runs start from one warm-up) and then
+averaged; its 95 % interval is Student's t over the seeds.
+"""
+
+import json
+import math
+import os
+import statistics
+from typing import NamedTuple
+
+from mtp_rl import metrics
+
+METRICS = {
+    'greedy': 'held-out greedy',
+    'avg': 'held-out avg@k',
+    'reward': 'reward, mean of all steps',
+    'acceptance': 'MTP acceptance',
+    'lambda': 'mean lambda',
+    'update_s': 's of updates a step',
+}
+# What a paired difference is shown of (comparison.json has all of them).
+SHOWN = ('greedy', 'avg', 'reward', 'acceptance')
+BASELINES = ('detach', 'rl_only')
+
+
+class Interval(NamedTuple):
+  """Mean over n seeds and its 95 % interval; low and high None for n < 2."""
+  mean: float
+  low: float | None
+  high: float | None
+  n: int
+
+
+def t_quantile(confidence, freedom):
+  """Return t with P(|T| < t) = confidence, for integer degrees of freedom.
+
+  Source: Abramowitz and Stegun 26.7.3 and 26.7.4, solved by bisection.
+  """
+  def inside(t):
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine, term, total = math.cos(angle), 1., 0.
+    for k in range(freedom % 2, freedom - 1, 2):
+      if k == 1:
+        term = cosine
+      elif k:
+        term *= cosine ** 2 * (k - 1) / k
+      total += term
+    if freedom % 2:
+      return 2 / math.pi * (angle + math.sin(angle) * total)
+    return math.sin(angle) * total
+
+  low, high = 0., 1.
+  while inside(high) < confidence:
+    high *= 2
+  for _ in range(100):
+    middle = (low + high) / 2
+    low, high = ((middle, high) if inside(middle) < confidence
+                 else (low, middle))
+  return high
+
+
+def interval(values):
+  """Return the `Interval` of a list of numbers, None where it is empty."""
+  values = list(values)
+  if not values:
+    return None
+  mean = statistics.fmean(values)
+  if len(values) < 2:
+    return Interval(mean, None, None, 1)
+  half = (t_quantile(.95, len(values) - 1) * statistics.stdev(values)
+          / math.sqrt(len(values)))
+  return Interval(mean, mean - half, mean + half, len(values))
+
+
+def paired(values, baseline):
+  """Return the `Interval` of the differences over the seeds that both have.
+
+  Args:
+    values, baseline: dicts seed -> number.
+  """
+  return interval(values[s] - baseline[s] for s in sorted(values)
+                  if s in baseline)
+
+
+def _mean_at_end(row, kind):
+  seen = [v for n, v in row.items() if n.startswith('val/') and v is not None
+          and n.rsplit('/', 1)[1].startswith(kind)]
+  return statistics.fmean(seen) if seen else None
+
+
+def run_values(rows):
+  """Return what a run counts for: dict of `METRICS` that it has.
+
+  Args:
+    rows: of metrics.jsonl.
+  """
+  steps = [r for r in rows if r['step'] > 0]
+  column = lambda name: [r[name] for r in steps if r.get(name) is not None]
+  last = rows[-1] if rows else {}
+  rewards, lambdas, seconds = map(column, ('reward/mean', 'occ/lambda',
+                                           'timing_s/update'))
+  out = {
+      'greedy': _mean_at_end(last, 'greedy'),
+      'avg': _mean_at_end(last, 'avg@'),
+      'reward': statistics.fmean(rewards) if rewards else None,
+      'acceptance': last.get('mtp_1/accept_top1'),
+      'lambda': statistics.fmean(lambdas) if lambdas else None,
+      'update_s': statistics.median(seconds) if seconds else None,
+  }
+  return {k: v for k, v in out.items() if v is not None}
+
+
+def is_complete(workdir):
+  """Tell whether the run in a workdir has all its steps."""
+  try:
+    with open(os.path.join(workdir, 'summary.json'), encoding='utf-8') as f:
+      return json.load(f)['status'] == 'complete'
+  except (OSError, ValueError, KeyError, TypeError):
+    return False
+
+
+def collect(variants, seeds, path):
+  """Read the complete runs.
+
+  Args:
+    variants: list of `grid.Variant`.
+    seeds: list of ints.
+    path: function (variant's name, seed) -> workdir.
+
+  Returns:
+    dict name -> dict seed -> rows of metrics.jsonl.
+  """
+  return {v.name: {
+      s: metrics.read(os.path.join(path(v.name, s), 'metrics.jsonl'))
+      for s in seeds if is_complete(path(v.name, s))} for v in variants}
+
+
+def baseline(variants, group, regime):
+  """Return the first variant of a group with a regime, or None."""
+  return next((v for v in variants if v.group == group
+               and v.config.mtp.regime == regime), None)
+
+
+def compare(variants, runs):
+  """Return one dict a variant: its values, means and paired differences.
+
+  Args:
+    variants: list of `grid.Variant`.
+    runs: of `collect`.
+  """
+  values = {}
+  for name, seeds in runs.items():
+    each = {s: run_values(rows) for s, rows in seeds.items()}
+    values[name] = {m: {s: v[m] for s, v in each.items() if m in v}
+                    for m in METRICS}
+  out = []
+  for v in variants:
+    mine = values[v.name]
+    row = {'name': v.name, 'group': v.group, 'label': v.label,
+           'regime': v.config.mtp.regime, 'seeds': sorted(runs[v.name]),
+           'values': mine, 'mean': {}, 'against': {}}
+    row['mean'] = {m: interval(mine[m].values()) for m in METRICS if mine[m]}
+    for regime in BASELINES:
+      other = baseline(variants, v.group, regime)
+      if other is not None and other.name != v.name:
+        found = {m: paired(mine[m], values[other.name][m]) for m in METRICS}
+        row['against'][regime] = {m: x for m, x in found.items() if x}
+    out.append(row)
+  return out
+
+
+def to_json(rows):
+  """Return the rows of `compare` with intervals as dicts."""
+  def plain(x):
+    if isinstance(x, Interval):
+      return x._asdict()
+    if isinstance(x, dict):
+      return {str(k): plain(v) for k, v in x.items()}
+    return x
+  return [plain(row) for row in rows]
+
+
+def _number(x, name, signed=False):
+  digits = 4 if name in ('lambda', 'update_s') else 3
+  text = f'{x:+.{digits}f}' if signed else f'{x:.{digits}f}'
+  return text.replace('-', '−')  # noqa: RUF001
+
+
+def _difference(x, name):
+  if x is None:
+    return ''
+  mean = _number(x.mean, name, signed=True)
+  if x.low is None:
+    return mean
+  ends = ', '.join(_number(end, name, signed=True) for end in (x.low, x.high))
+  mean = f'**{mean}**' if x.low > 0 or x.high < 0 else mean
+  return f'{mean} [{ends}]'
+
+
+def _table(head, lines):
+  rows = [head, ['---'] * len(head), *lines]
+  return ''.join('| ' + ' | '.join(row) + ' |\n' for row in rows) + '\n'
+
+
+def markdown(rows, title):
+  """Return the tables: for each group the means, then paired differences.
+
+  Args:
+    rows: of `compare`.
+    title: first line.
+  """
+  shown = [m for m in METRICS if any(m in r['mean'] for r in rows)]
+  out = [f'# {title}\n\n'
+         'Means over seeds; differences are paired by seed, with 95 % '
+         't-intervals, bold where 0 lies outside (by chance that happens to '
+         'one interval in 20).\n\n']
+  for group in dict.fromkeys(r['group'] for r in rows):
+    mine = [r for r in rows if r['group'] == group]
+    out.append(f'## {group}\n\n')
+    out.append(_table(
+        ['variant', 'seeds', *[METRICS[m] for m in shown]],
+        [[r['label'], str(len(r['seeds'])), *[
+            _number(r['mean'][m].mean, m) if m in r['mean'] else ''
+            for m in shown]] for r in mine]))
+    for regime in BASELINES:
+      held = [(r['label'], r['against'][regime]) for r in mine
+              if r['against'].get(regime)]
+      lines = [[label, str(max(x.n for x in found.values())),
+                *[_difference(found.get(m), m) for m in SHOWN]]
+               for label, found in held]
+      if lines:
+        out.append(_table([f'minus {regime}', 'pairs',
+                           *[METRICS[m] for m in SHOWN]], lines))
+  return ''.join(out).rstrip('\n') + '\n'

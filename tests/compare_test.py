@@ -1,0 +1,309 @@
+"""Comparisons: grid, statistics, processes, and one small one for real."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import jax
+import pytest
+
+from configs import from_json
+from mtp_rl import config as config_lib
+from mtp_rl import trainer
+from mtp_rl.compare import figures, grid, jobs, report, study
+from tests import conftest
+
+
+@pytest.mark.parametrize('freedom, t', [
+    (1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706),
+    (9, 2.2622), (30, 2.0423)])
+def test_t_quantile_is_the_tables(freedom, t):
+  assert report.t_quantile(.95, freedom) == pytest.approx(t, abs=5e-5)
+
+
+def test_interval_by_hand():
+  # Mean 3, standard deviation sqrt(2.5), half-width 2.7764 sqrt(2.5 / 5).
+  found = report.interval([1., 2., 3., 4., 5.])
+  assert found.mean == 3. and found.n == 5
+  assert found.high - 3. == pytest.approx(1.96324, abs=1e-4)
+  assert 3. - found.low == pytest.approx(found.high - 3.)
+  assert report.interval([2.]) == (2., None, None, 1)
+  assert report.interval([]) is None
+
+
+def test_pairs_are_of_one_seed_and_others_are_left_out():
+  found = report.paired({0: 1., 1: 5., 3: 9.}, {0: .5, 2: 100., 3: 8.})
+  assert found.mean == pytest.approx(.75) and found.n == 2
+  assert report.paired({0: 1.}, {1: 1.}) is None
+
+
+def test_values_of_a_run():
+  rows = [{'step': 0, 'val/a/greedy': .1, 'val/a/avg@4': .1},
+          {'step': 1, 'reward/mean': .2, 'occ/lambda': .5,
+           'timing_s/update': 9.},
+          {'step': 2, 'reward/mean': .4, 'occ/lambda': None,
+           'timing_s/update': 1.},
+          {'step': 3, 'reward/mean': .6, 'occ/lambda': .1, 'val/a/greedy': .8,
+           'val/b/greedy': .6, 'val/a/avg@4': .5, 'mtp_1/accept_top1': .9,
+           'timing_s/update': 2.}]
+  assert report.run_values(rows) == pytest.approx({
+      'greedy': .7, 'avg': .5, 'reward': .4, 'acceptance': .9, 'lambda': .3,
+      'update_s': 2.})
+  assert report.run_values([]) == {}
+
+
+@pytest.mark.parametrize('preset', grid.PRESETS)
+def test_every_variant_of_a_preset_can_run_and_differs(preset):
+  base = conftest.tiny_config()
+  variants = grid.preset_variants(base, preset)
+  assert grid.check(base, variants + variants) == variants
+  assert len({repr(v.config) for v in variants}) == len(variants)
+  assert base == conftest.tiny_config()
+  assert len({v.group for v in variants}) == 2 * len(grid.OBJECTIVES[preset])
+  for v in variants:
+    joint = v.group.endswith('paper')
+    assert v.config.optim.clip_mode == ('joint' if joint else 'separate')
+    assert (v.config.mtp.head_loss == 'joint') == joint
+    ppo = v.config.rl.loss == 'ppo'
+    assert v.config.rl.dual_clip == (0 if not ppo else 10 if joint else 3)
+    for regime in report.BASELINES:
+      assert report.baseline(variants, v.group, regime).label == regime
+
+
+def test_presets_hold_what_they_promise():
+  base = conftest.tiny_config()
+  labels = lambda *args, **kw: [v.label for v in grid.preset_variants(
+      base, *args, clips=['paper'], **kw)]
+  assert labels('table1', objectives=['gspo'], coef=.5) == [
+      'rl_only', 'detach', 'ce-0.5', 'policy-0.5', 'occ-logprob']
+  assert [f'policy-{x}' for x in ('0.1', '0.2', '0.5', '1')] == labels(
+      'table2')[2:6]
+  assert labels('trace', estimators=['curvature'])[2:] == ['occ-curvature']
+  assert len(labels('trace')) == 2 + len(config_lib.ESTIMATORS)
+  with pytest.raises(config_lib.ConfigError, match='table3'):
+    labels('table3')
+  with pytest.raises(config_lib.ConfigError, match='magic'):
+    labels('trace', estimators=['magic'])
+
+
+def test_free_variants():
+  a, b, c = grid.free_variants(
+      conftest.tiny_config(),
+      'a:mtp.regime=policy,mtp.coef=1,run.progress=true ; b:rl.dual_clip=0;c:')
+  assert (a.config.mtp.regime, a.config.mtp.coef) == ('policy', 1.)
+  assert a.config.run.progress is True and b.config.rl.dual_clip == 0
+  assert c.config == conftest.tiny_config()
+
+
+@pytest.mark.parametrize('text, overridden, said', [
+    ('a:mtp.regme=occ', (), "'mtp.regme' does not exist"),
+    ('a:mtp=1', (), "'mtp' does not exist"),
+    ('a:rl.group=many', (), "rl.group='many' is no int"),
+    ('a:run.progress=1', (), 'is no bool'),
+    ('a:mtp.regime', (), 'section.field=value'),
+    ('../a:', (), 'cannot name a directory'),
+    ('cache:', (), 'cannot be called cache'),
+    ('a:seed=3', (), 'seed'),
+    ('a:mtp.heads=2', (), 'share one warm-up'),
+    ('a:rl.loss=gspo', (), 'variant a: rl.loss=gspo has no dual clip'),
+    ('a:;a:rl.lr=1', (), 'two variants are called a'),
+    ('a:rl.lr=1', ('rl.lr',), '--config.rl.lr is overruled by variant a'),
+    ('', (), '--preset')])
+def test_what_cannot_be_compared_is_named(text, overridden, said):
+  base = conftest.tiny_config()
+  with pytest.raises(config_lib.ConfigError, match=said) as error:
+    grid.check(base, grid.free_variants(base, text), overridden)
+  assert '\n' not in str(error.value)
+
+
+def test_a_config_file_is_a_config(tmp_path):
+  config = config_lib.preset(conftest.tiny_config(), 'gspo,paper')
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(config_lib.to_dict(config)))
+  assert from_json.get_config(str(path)) == config
+  with pytest.raises(config_lib.ConfigError, match='after a colon'):
+    from_json.get_config()
+
+
+def _job(tmp_path, name, code, after=''):
+  """A job that is complete once its file exists."""
+  mark = tmp_path / name
+  code = f'import os, sys, time; mark = {str(mark)!r}; {code}'
+  return jobs.Job(name, [sys.executable, '-c', code],
+                  str(tmp_path / 'logs' / name), mark.exists, after)
+
+
+_DONE = 'open(mark, "w")'
+
+
+def test_jobs_fail_alone_and_hold_up_only_what_needs_them(tmp_path):
+  (tmp_path / 'old').write_text('')
+  todo = [_job(tmp_path, 'old', 'raise SystemExit("started again")'),
+          _job(tmp_path, 'bad', 'print("one\\n"); sys.exit("the reason")'),
+          _job(tmp_path, 'needs_bad', _DONE, 'bad'),
+          _job(tmp_path, 'lazy', ''),
+          _job(tmp_path, 'good', _DONE),
+          _job(tmp_path, 'needs_good', 'assert os.path.exists(mark[:-10] + '
+               f'"good"); {_DONE}', 'good')]
+  seen = []
+  failed = jobs.run(todo, 2, lambda: False,
+                    lambda job, problem: seen.append(job.name))
+  assert failed == {
+      'bad': 'exit status 1: the reason',
+      'needs_bad': 'not started, for bad failed',
+      'lazy': 'exit status 0: it printed nothing'}
+  assert sorted(seen) == sorted(job.name for job in todo)
+  assert not os.path.exists(tmp_path / 'logs' / 'old')
+  assert jobs.last_line(tmp_path / 'logs' / 'bad') == 'the reason'
+
+
+def test_cores_are_shared_out_and_ours_are_kept(tmp_path):
+  assert jobs.share([0, 1, 2, 3], 2) == [(0, 2), (1, 3)]
+  assert jobs.share([4, 5], 3) == [(4,), (5,), (4,)]
+  assert jobs.share([], 2) == [(), ()]
+  before = jobs.available_cores()
+  if not before:
+    pytest.skip('this system has no affinity')
+  code = f'print(sorted(os.sched_getaffinity(0))); {_DONE}'
+  assert not jobs.run([_job(tmp_path, 'a', code)], len(before),
+                      lambda: False, lambda *_: None)
+  assert jobs.last_line(tmp_path / 'logs' / 'a') == str(before[:1])
+  assert jobs.available_cores() == before
+
+
+def test_a_stop_reaches_the_processes_and_the_same_call_resumes(tmp_path):
+  code = ('import signal; signal.signal(signal.SIGTERM, lambda *_: (print('
+          '"clean end", flush=True), sys.exit(0))); print("ready", flush=True);'
+          'time.sleep(0 if os.path.exists(mark + "2") else 60); ' + _DONE)
+  todo = [_job(tmp_path, n, code) for n in ('a', 'b', 'c')]
+  logs = [tmp_path / 'logs' / n for n in ('a', 'b')]
+  ready = lambda: all(p.exists() and 'ready' in p.read_text() for p in logs)
+  start = time.monotonic()
+  assert jobs.run(todo, 2, ready, lambda *_: None) == {}
+  assert time.monotonic() - start < 30
+  assert [jobs.last_line(p) for p in logs] == ['clean end'] * 2
+  assert not (tmp_path / 'logs' / 'c').exists()
+  for job in todo:
+    (tmp_path / (job.name + '2')).write_text('')
+  assert jobs.run(todo, 2, lambda: False, lambda *_: None) == {}
+  assert all(job.complete() for job in todo)
+
+
+def _study(workdir, **rl):
+  base = conftest.tiny_config(
+      rl=dict(steps=2) | rl, warmup=dict(steps=2), eval=dict(every=1))
+  text = 'still:mtp.regime=rl_only;cut:mtp.regime=detach'
+  return study.Study(base, grid.check(base, grid.free_variants(base, text)),
+                     [0, 1], str(workdir))
+
+
+def _mostly_here(todo, *args, real=jobs.run):
+  """Do all jobs but the last in this process, which is quicker."""
+  for job in todo[:-1]:
+    config = from_json.get_config(job.command[3].split(':', 1)[1])
+    call = {'experiments.pretrain': trainer.pretrain,
+            'experiments.train': trainer.train}[job.command[2]]
+    call(config, job.command[4].removeprefix('--workdir='))
+    assert job.complete()
+  return real([todo[-1]._replace(after='')], *args)
+
+
+@pytest.fixture(scope='module', name='real')
+def _real(tmp_path_factory):
+  """A comparison of two variants over two seeds."""
+  found = _study(tmp_path_factory.mktemp('compare'))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('JAX_COMPILATION_CACHE_DIR',
+                 jax.config.jax_compilation_cache_dir)
+    patch.setenv('JAX_NUM_CPU_DEVICES', '8')  # as here: one cache serves both
+    patch.setattr(jobs, 'run', _mostly_here)
+    assert study.run(found, 1) == ({}, False)
+  return found
+
+
+def test_a_comparison_from_warm_up_to_figures(real, monkeypatch):
+  for name in ('warmup', 'still', 'cut'):
+    for seed in (0, 1):
+      config = config_lib.load(os.path.join(real.path(name, seed),
+                                            'config.json'))
+      assert config.seed == seed
+      if name != 'warmup':
+        assert config.warmup.init == real.path('warmup', seed)
+  with open(study.write_report(real), encoding='utf-8') as f:
+    text = f.read()
+  assert '| minus detach |' in text and '| minus rl_only |' in text
+  with open(os.path.join(real.workdir, 'comparison.json'),
+            encoding='utf-8') as f:
+    still, cut = json.load(f)['variants']
+  assert still['seeds'] == [0, 1] and list(cut['against']) == ['rl_only']
+  difference = cut['against']['rl_only']['reward']
+  values = [cut['values']['reward'][s] - still['values']['reward'][s]
+            for s in ('0', '1')]
+  assert difference['mean'] == pytest.approx(sum(values) / 2)
+  assert difference['n'] == 2 and difference['low'] <= difference['mean']
+  assert still['values']['acceptance'].keys() == {'0', '1'}
+  for name in ('learning', 'forest'):
+    with open(os.path.join(real.workdir, 'figures', name + '.png'), 'rb') as f:
+      assert f.read(4) == b'\x89PNG'
+
+  monkeypatch.setattr(jobs.subprocess, 'Popen', None)  # nothing may start
+  assert study.run(real, 2) == ({}, False)
+
+
+@pytest.mark.filterwarnings('error')
+def test_figures_do_without_the_runs_of_a_variant(real, tmp_path):
+  runs = report.collect(real.variants, real.seeds, real.path)
+  runs['still'] = {}
+  rows = report.compare(real.variants, runs)
+  figures.draw_all(real.variants, runs, rows, str(tmp_path), 'title')
+  assert 'against' in rows[1] and not rows[1]['against']['rl_only']
+  assert (tmp_path / 'learning.png').exists()
+
+
+def test_a_missing_run_is_named_and_its_seed_left_out(real, monkeypatch):
+  with monkeypatch.context() as patch:
+    hidden = real.path('cut', 1)
+    complete = report.is_complete
+    patch.setattr(report, 'is_complete',
+                  lambda w: w != hidden and complete(w))
+    with open(study.write_report(real, {}), encoding='utf-8') as f:
+      text = f.read()
+    assert 'Without a complete run: cut/seed_1.' in text
+    started = []
+    patch.setattr(jobs, 'run', lambda todo, *_: started.extend(todo) or {})
+    study.run(real, 2)
+  assert [job.name for job in started] == ['cut/seed_1']
+  assert started[0].after == ''
+
+
+def test_another_config_in_the_same_workdir_is_refused(real):
+  with pytest.raises(config_lib.ConfigError, match='differs in rl.lr'):
+    study.run(_study(real.workdir, lr=.5), 2)
+
+
+def test_a_second_comparison_in_one_workdir_is_refused(real):
+  with (study._alone(real.workdir),
+        pytest.raises(config_lib.ConfigError, match='another comparison')):
+    study.run(real, 2)
+
+
+def test_a_signal_stops_a_comparison_and_nothing_is_reported_failed(
+    real, tmp_path, monkeypatch):
+  slow = [_job(tmp_path, 'slow', 'print("ready", flush=True); time.sleep(60)')]
+  monkeypatch.setattr(study, 'plan', lambda _: slow)
+  log = tmp_path / 'logs' / 'slow'
+
+  def interrupt():
+    while not (log.exists() and 'ready' in log.read_text()):
+      time.sleep(.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  thread = threading.Thread(target=interrupt)
+  thread.start()
+  assert study.run(real, 1) == ({}, True)
+  thread.join()
+  with pytest.raises(config_lib.ConfigError, match='no complete run'):
+    study.write_report(real._replace(workdir=str(tmp_path)))
