@@ -26,8 +26,8 @@ def get_config(presets='dapo'):
               '"max_digits": 1, "operators": ["+", "-"], '
               '"allow_parentheses": false, "allow_negation": false}')
   config.rollout = config_lib.Rollout(max_prompt=24, max_response=5)
-  config.warmup = config_lib.Warmup(steps=500, batch=128, lr=4e-3)
-  config.rl = config_lib.RL(steps=800, prompts=32, group=8, minibatches=2,
+  config.warmup = config_lib.Warmup(steps=350, batch=128, lr=4e-3)
+  config.rl = config_lib.RL(steps=1000, prompts=32, group=8, minibatches=2,
                             lr=4e-4)
   config.eval = config_lib.Eval(every=50)
   config.optim = config_lib.Optim(schedule='linear', warmup=20, b2=.99)

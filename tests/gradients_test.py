@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_rl import forward, gradients, occ, tree
+from mtp_rl import forward, gradients, occ, sharding, train_step, tree
 from mtp_rl.models import transformer
 from mtp_rl.objectives import logprobs, policy
 from mtp_rl.objectives import mtp as mtp_loss
@@ -251,6 +251,41 @@ def test_hessian_vector_product_is_the_central_difference():
                              rtol=5e-3)
   np.testing.assert_allclose(metrics['occ/lambda'], np.clip(expected, -1, 1),
                              rtol=5e-3)
+
+
+def test_the_guard_bounds_what_mtp_adds():
+  config = batches.config('exact', occ=dict(guard=.01, lambda_plus=50.,
+                                            lambda_max=99., lambda_min=-99.))
+  got = tree.shared(_gradients(config)[0])
+  g_rl, _ = _plain(1)
+  added = tree.norm(tree.add(got, g_rl))  # got descends
+  np.testing.assert_allclose(added, .01 * tree.norm(g_rl), rtol=1e-2)
+
+
+def test_l_eta_is_measured_on_the_update_itself():
+  config = batches.config('cross_fitted', occ=dict(probe_every=2, eta=0.))
+  mesh = sharding.make_mesh(config.mesh)
+  batch = batches.batch()
+  theta = lambda p: {**p, **tree.head(before)}
+  with jax.set_mesh(mesh):
+    steps = train_step.make(config, V, mesh)
+    state = steps.init(jax.random.key(0))
+    before = jax.device_get(state.params)
+    state, _ = steps.update(state, batch)
+    after = jax.device_get(state.params)
+    value = jax.jit(jax.value_and_grad(
+        lambda p: gradients.objective(p, batch, config, V)))
+    j0, g = value(before)
+    j1, _ = value(theta(after))
+    descent = tree.shared(_gradients(config, params=before)[0])
+    move = jax.tree.map(np.subtract, tree.shared(after), tree.shared(before))
+    ratio = 2 * (tree.dot(tree.shared(g), move) - (j1 - j0)) / -tree.dot(
+        descent, move)
+    expected = .9 * .5 + .1 * np.clip(ratio, .05, 1.)
+    measured = float(state.occ.smoothness)
+    np.testing.assert_allclose(measured, expected, rtol=1e-3)
+    state, _ = steps.update(state, batch)  # step 1: not measured
+    assert float(state.occ.smoothness) == measured
 
 
 @pytest.mark.parametrize('regime', ['rl_only', 'detach', 'ce', 'policy', 'occ',
