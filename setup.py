@@ -5,7 +5,8 @@ import pathlib
 import setuptools
 
 GYM = ['reasoning-gym>=0.1.25']
-TEST = ['pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.17', *GYM]
+TEST = ['pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.17', 'nbclient>=0.11',
+        'ipykernel>=7.4', *GYM]
 
 setuptools.setup(
     name='mtp_rl',
