@@ -7,9 +7,9 @@ so a small model learns on a CPU; there are thousands of them, so held-out
 questions ask for the rule; and a short warm-up leaves answers that are right
 in a part of the samples only, which is what RL can sharpen.
 
-Expect avg@4 on held-out questions of .46 to .50 after the warm-up and .63 to
-.65 after RL, greedy accuracy .80 to .85 and .88 to .91 (seeds 0-2), in about
-five minutes on one CPU core.
+Expect greedy accuracy on held-out questions of .53 to .72 after the warm-up
+and .72 to .87 after RL, avg@4 .29 to .35 and .48 to .59 (seeds 0-2), in about
+seven minutes on one CPU core.
 """
 
 from mtp_rl import config as config_lib

@@ -208,14 +208,16 @@ class Minibatch:
   def view(self, state, eta, precondition=None, ahead=None):
     """Return the `estimators.View` of this minibatch."""
     def gradients():
-      (g_rl, g), = self.parts
-      return g_rl, g
+      g_rl, g = zip(*self.parts)
+      return _sum(g_rl), [_sum(parts) for parts in zip(*g)]
+
+    def readout():
+      return (_sum([b.readout for b in self.rl_boundaries]),
+              [_sum([b.readout for b, _ in unit]) for unit in self.units])
+
     return estimators.View(
-        deltas=lambda: self.deltas,
-        readout=lambda: (self.rl_boundaries[0].readout,
-                         [unit[0][0].readout for unit in self.units]),
-        gradients=gradients,
-        heads=lambda: [g for g, in self.head_gradients],
+        deltas=lambda: self.deltas, readout=readout, gradients=gradients,
+        heads=lambda: [_sum(parts) for parts in self.head_gradients],
         parts=lambda: self.parts, directional=self.directional,
         precondition=precondition, ahead=ahead, eta=eta,
         smoothness=state.smoothness)

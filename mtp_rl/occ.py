@@ -119,8 +119,14 @@ def cross_products(parts, dot):
   Args:
     parts: n pairs (g_RL, [g_1 .. g_K]) that add up to the batch's gradients.
     dot: inner product of two gradients.
+
+  Raises:
+    ValueError: there is one part only.
   """
   n, heads = len(parts), len(parts[0][1])
+  if n < 2:
+    raise ValueError('c_cross needs disjoint parts; make the Minibatch with '
+                     'pieces >= 2')
   c = [sum(dot(rl, g[k]) for i, (rl, _) in enumerate(parts)
            for j, (_, g) in enumerate(parts) if i != j) for k in range(heads)]
   return n / (n - 1) * jnp.stack(c)

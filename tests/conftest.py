@@ -12,6 +12,9 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_compilation_cache_dir', str(
     pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+# Compiling dominates: without most optimisations it takes half as long. The
+# launchers' tests and the README's main command run optimised programs.
+jax.config.update('jax_disable_most_optimizations', True)
 
 
 def tiny_config(**sections):

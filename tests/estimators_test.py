@@ -175,6 +175,14 @@ def test_cross_fitting_is_unbiased_and_one_batch_is_not():
   assert abs(z(same, truth + bias)) < 3
 
 
+def test_cross_fitting_asks_for_disjoint_parts():
+  b, h, g = _problem(1)
+  view = _view(b, h, g)
+  view = view._replace(parts=lambda: [view.gradients()])
+  with pytest.raises(ValueError, match='pieces'):
+    estimators.cross_fitted(view, _config())
+
+
 def test_smoothness_of_a_gradient_step_is_l_eta():
   b, h, _ = _problem(1)
   move = ETA * b
