@@ -5,7 +5,7 @@
 On fresh rollouts at each checkpoint: alignment of the two gradients, of one
 batch and de-biased; lambda of every estimator; the change of J that a step
 with lambda achieves on held-out rollouts, against what the equations predict.
-Writes DIR/diagnosis: diagnosis.{md,json} and three figures.
+Writes DIR/diagnosis: diagnosis.{md,json}, rollouts.jsonl and three figures.
 """
 
 from absl import flags

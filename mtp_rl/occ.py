@@ -40,22 +40,22 @@ def decomposition(lam, c, v2, eta, smoothness):
     eta: step size.
     smoothness: L, J's Lipschitz constant of the gradient.
   """
-  return decomposition_cross(lam, c, c, v2, eta, smoothness)
+  return (eta * lam * (1 - smoothness * eta) * c
+          - smoothness * eta ** 2 * lam ** 2 / 2 * v2)
 
 
 def decomposition_cross(lam, c_cross, c_same, v2, eta, smoothness):
   """Return Delta_MTP(lambda) with the two roles of c told apart, one head.
 
-  Delta = eta lambda c_cross  -  L eta^2 lambda c_same
-          - L eta^2 lambda^2 / 2 v^2
+  Delta = eta lambda c_cross - L eta^2 lambda c_same - L eta^2 lambda^2 / 2 v^2
 
   What a step gains in expectation depends on the objective's own slope along
   g_MTP, and c_cross, from disjoint samples, estimates it without the noise
   that g_RL and g_MTP of one batch share; the penalty is that of the very step
   taken. c_cross = c_same is `decomposition`.
   """
-  penalty = lam * c_same + lam ** 2 / 2 * v2
-  return eta * lam * c_cross - smoothness * eta ** 2 * penalty
+  return (eta * lam * c_cross
+          - smoothness * eta ** 2 * (lam * c_same + lam ** 2 / 2 * v2))
 
 
 def decomposition_curvature(lam, c, rl_h_mtp, mtp_h_mtp, eta):

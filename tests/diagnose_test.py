@@ -142,10 +142,13 @@ def test_a_run_is_diagnosed_end_to_end(run):
   text, directory = study.diagnose(run, rollouts=2, points=5, bound=2.)
   assert sorted(os.listdir(directory)) == [
       'alignment.png', 'curves.png', 'diagnosis.json', 'diagnosis.md',
-      'lambda.png']
+      'lambda.png', 'rollouts.jsonl']
   with open(os.path.join(directory, 'diagnosis.json'), encoding='utf-8') as f:
     found = json.load(f)
   assert [c['step'] for c in found['checkpoints']] == [0, 2]
+  rows = metrics.read(os.path.join(directory, 'rollouts.jsonl'))
+  assert [r['step'] for r in rows] == [0, 0, 2, 2]
+  assert len(rows[0]['curve']['achieved']) == 5
   for c in found['checkpoints']:
     assert c['rollouts'] == 2 and c['silent'] == 0
     each = c['estimators']

@@ -10,7 +10,7 @@ from mtp_rl.diagnose import measure
 
 _BLUE, _ORANGE, _GREEN, _GREY = '#2060a8', '#d8702a', '#3a8f5c', '#909090'
 _COLOURS = ('#c03030', '#e08a1e', '#14a0a8', '#2060a8', '#8a55b0', '#111111',
-            '#3a8f5c', '#707070')
+            '#e060b0', '#707070')
 _MARKERS = 'osD^vPX*'
 
 
@@ -95,7 +95,8 @@ def curves(found, directory, title):
     if achieved[0].low is not None:
       low, high = (np.asarray([getattr(a, k) for a in achieved])
                    for k in ('low', 'high'))
-      axis.fill_between(grid, low, high, color='black', alpha=.12, lw=0)
+      axis.fill_between(grid, low, high, color='black', alpha=.12, lw=0,
+                        label='its 95 % interval')
       edges += [low, high]
     axis.plot(grid, mean, color='black', lw=1.6, marker='o', ms=2.5,
               label='achieved on held-out rollouts')
@@ -116,9 +117,9 @@ def curves(found, directory, title):
 
 
 def _frame(axis, achieved, predicted):
-  """Limit y to what was achieved and twice its span of the predictions."""
+  """Limit y to what was achieved, and as much again of the predictions."""
   low, high = achieved.min(), achieved.max()
-  room = 1. * (high - low) or 1e-9
+  room = (high - low) or 1e-9
   axis.set_ylim(max(low - room, min(low, np.min(predicted))) - .05 * room,
                 min(high + room, max(high, np.max(predicted))) + .05 * room)
   axis.axhline(0, color=_GREY, lw=.7, zorder=0)

@@ -1,9 +1,11 @@
 """The diagnosis of a run: fresh rollouts at its checkpoints, and the report.
 
-    RUN/diagnosis/diagnosis.{json,md}, alignment.png, lambda.png, curves.png
+    RUN/diagnosis/diagnosis.{md,json}, alignment.png, lambda.png, curves.png
+    RUN/diagnosis/rollouts.jsonl, the `measure.Measures` of each rollout
 """
 
 import contextlib
+import json
 import os
 import sys
 
@@ -151,8 +153,11 @@ def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
     f.write(text)
   metrics.write_json(os.path.join(directory, 'diagnosis.json'), summary.plain(
       {'title': title, 'bound': bound, 'pieces': config.occ.pieces,
-       'notes': notes, 'checkpoints': summaries,
-       'rollouts': {s: [m._asdict() for m in ms] for s, ms in found.items()}}))
+       'notes': notes, 'checkpoints': summaries}))
+  with open(os.path.join(directory, 'rollouts.jsonl'), 'w',
+            encoding='utf-8') as f:
+    f.writelines(json.dumps({'step': s, **summary.plain(m)}) + '\n'
+                 for s, ms in found.items() for m in ms)
   if any(s['rollouts'] for s in summaries):
     figures.draw_all(summaries, directory, title)
   return text, directory

@@ -36,7 +36,8 @@ def best_lambda(grid, curves):
     curves: [n, N], one a rollout.
 
   Returns:
-    `report.Interval`; 2.5 and 97.5 % of the bootstrap over rollouts.
+    `report.Interval`; 2.5 and 97.5 % of the bootstrap over rollouts, which is
+    too narrow where these are few.
   """
   n = len(curves)
   peak = jax.vmap(occ.vertex, (None, 0))
@@ -211,6 +212,8 @@ def markdown(summaries, title, notes):
     verdict = f'Nearest: {near}; most gained: {gains} (oracle aside).'
     if not _sure(b):
       verdict = 'Its sign is open: more --rollouts would tell.'
+    elif b.mean in (s['curve']['grid'][0], s['curve']['grid'][-1]):
+      verdict += '\nIt lies at the bound: a wider --bound would look further.'
     out.append(
         f'Held-out best lambda: {b.mean:+.3f}{ends} (bootstrap over '
         f'{s["rollouts"]} rollouts). {verdict}\nThe '
