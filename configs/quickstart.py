@@ -22,4 +22,5 @@ def get_config(presets='dapo'):
                             lr=3e-4)
   config.eval = config_lib.Eval(every=5)
   config.optim = config_lib.Optim(schedule='linear')
+  config.run = config_lib.Run(keep=5)  # for experiments.diagnose
   return config_lib.preset(config, presets)

@@ -33,6 +33,10 @@ class Checkpoints:
     latest = self._inner.latest
     return None if latest is None else latest.step
 
+  def steps(self):
+    """Return the steps that are kept, ascending."""
+    return sorted(c.step for c in self._inner.checkpoints)
+
   def save(self, step, state):
     """Save unless this step is there; returns when it is on disk."""
     if step != self.latest():
@@ -58,9 +62,8 @@ class Checkpoints:
     step = self.latest() if step is None else step
     where = os.path.join(self._directory, str(step))
     if not os.path.isdir(where):
-      have = [c.step for c in self._inner.checkpoints]
       raise config_lib.ConfigError(
-          f'checkpoint {where} does not exist; this run keeps {have}')
+          f'checkpoint {where} does not exist; this run keeps {self.steps()}')
     try:
       metadata = self._inner.metadata(step)
       if (metadata.custom_metadata or {}).get('format') != _FORMAT:

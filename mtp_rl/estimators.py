@@ -136,13 +136,13 @@ def curvature(view, config):
   return Estimate(lam, products, (g_rl, g), info)
 
 
-def oracle(view, config, points=21):
+def oracle(view, config, points=21, sweeps=40):
   """The lambda best on held-out rollouts, by line search.
 
   `points` lambdas between the bounds, then the vertex of the parabola
-  through the best and its neighbours; K > 1 goes round the coordinates. For
-  diagnosis only: it needs rollouts that the update does not see, and finite
-  bounds.
+  through the best and its neighbours; K > 1 goes round the coordinates
+  `sweeps` times. For diagnosis only: it needs rollouts that the update does
+  not see, and finite bounds.
   """
   gradients = view.gradients()
   products = occ.gradient_products(*gradients, _dot(config))
@@ -153,8 +153,8 @@ def oracle(view, config, points=21):
     at = lambda x: view.ahead(lam.at[n % k].set(x))
     return lam.at[n % k].set(occ.vertex(grid, jax.lax.map(at, grid)))
 
-  sweeps = 1 if k == 1 else 40
-  lam = jax.lax.fori_loop(0, k * sweeps, search, jnp.zeros((k,), grid.dtype))
+  rounds = k * sweeps if k > 1 else 1
+  lam = jax.lax.fori_loop(0, rounds, search, jnp.zeros((k,), grid.dtype))
   return Estimate(lam, products, gradients)
 
 

@@ -195,6 +195,11 @@ class Minibatch:
     """For each head, a list of each part's g_k over theta."""
     return [self.pull_trunk([b for b, _ in unit]) for unit in self.units]
 
+  @functools.cached_property
+  def whole(self):
+    """[g_1 .. g_K] over theta, their parts summed."""
+    return [_sum(g) for g in self.head_gradients]
+
   def directional(self, direction):
     """Return g_RL and H direction over theta, from one jvp of grad J."""
     psi = tree.head(self.params)
@@ -207,17 +212,13 @@ class Minibatch:
 
   def view(self, state, eta, precondition=None, ahead=None):
     """Return the `estimators.View` of this minibatch."""
-    def gradients():
-      g_rl, g = zip(*self.parts)
-      return _sum(g_rl), [_sum(parts) for parts in zip(*g)]
-
-    def readout():
-      return (_sum([b.readout for b in self.rl_boundaries]),
-              [_sum([b.readout for b, _ in unit]) for unit in self.units])
-
+    upper = lambda boundaries: _sum([b.readout for b in boundaries])
     return estimators.View(
-        deltas=lambda: self.deltas, readout=readout, gradients=gradients,
-        heads=lambda: [_sum(parts) for parts in self.head_gradients],
+        deltas=lambda: self.deltas,
+        readout=lambda: (upper(self.rl_boundaries),
+                         [upper(b for b, _ in unit) for unit in self.units]),
+        gradients=lambda: (_sum([g for g, _ in self.parts]), self.whole),
+        heads=lambda: self.whole,
         parts=lambda: self.parts, directional=self.directional,
         precondition=precondition, ahead=ahead, eta=eta,
         smoothness=state.smoothness)

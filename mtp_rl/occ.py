@@ -44,6 +44,20 @@ def decomposition(lam, c, v2, eta, smoothness):
           - smoothness * eta ** 2 * lam ** 2 / 2 * v2)
 
 
+def decomposition_cross(lam, c_cross, c_same, v2, eta, smoothness):
+  """Return Delta_MTP(lambda) with the two roles of c told apart, one head.
+
+  Delta = eta lambda c_cross - L eta^2 lambda c_same - L eta^2 lambda^2 / 2 v^2
+
+  What a step gains in expectation depends on the objective's own slope along
+  g_MTP, and c_cross, from disjoint samples, estimates it without the noise
+  that g_RL and g_MTP of one batch share; the penalty is that of the very step
+  taken. c_cross = c_same is `decomposition`.
+  """
+  return (eta * lam * c_cross
+          - smoothness * eta ** 2 * (lam * c_same + lam ** 2 / 2 * v2))
+
+
 def decomposition_curvature(lam, c, rl_h_mtp, mtp_h_mtp, eta):
   """Return the second-order Taylor form of Delta_MTP(lambda), one head.
 
@@ -95,11 +109,7 @@ def coefficient(products, config):
 def cross_fitted_coefficient(cross, products, smoothness, config):
   """Return lambda* = Gram^-1 (c_cross / (L eta) - c_same), [K].
 
-  The maximum of  eta lambda c_cross - L eta^2 lambda c_same
-  - L eta^2 lambda^2 v^2 / 2:  what a step gains in expectation depends on the
-  objective's own slope along g_MTP, and c_cross, from disjoint samples,
-  estimates it without the noise that g_RL and g_MTP of one batch share; the
-  penalty is that of the very step taken. c_cross = c_same is lambda_+ c / v^2.
+  The maximum of `decomposition_cross`; c_cross = c_same is lambda_+ c / v^2.
 
   Args:
     cross: [K], <g_RL, g_k> across disjoint samples.

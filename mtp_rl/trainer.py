@@ -334,6 +334,27 @@ def train(config, workdir):
   return finish(run, done)
 
 
+def reopen(config, workdir):
+  """Return the Run of a workdir, as it trained, under its config or a variant.
+
+  Raises:
+    config.ConfigError: the config cannot work, or the workdir is damaged.
+  """
+  validate.validate(config)
+  task, mesh = tasks.make(config), sharding.make_mesh(config.mesh)
+  task.tokenizer = load_tokenizer(workdir)
+  return Run(config, workdir, task, mesh, jax.random.key(config.seed))
+
+
+def checkpoints(run, phase):
+  """Return the directory of a phase's checkpoints; raises ConfigError."""
+  where = run.path('checkpoints', phase)
+  if not os.path.isdir(where):
+    raise config_lib.ConfigError(f'{where} does not exist: this run has no '
+                                 f'{phase} checkpoint yet')
+  return where
+
+
 def score_checkpoint(workdir, phase, step, samples):
   """Evaluate a checkpoint of a workdir on the held-out sets of its config.
 
@@ -351,16 +372,10 @@ def score_checkpoint(workdir, phase, step, samples):
   """
   config = config_lib.load(os.path.join(workdir, 'config.json'))
   config.eval.samples = samples
-  validate.validate(config)
-  task, mesh = tasks.make(config), sharding.make_mesh(config.mesh)
-  task.tokenizer = load_tokenizer(workdir)
-  run = Run(config, workdir, task, mesh, jax.random.key(config.seed))
-  where = run.path('checkpoints', phase)
-  if not os.path.isdir(where):
-    raise config_lib.ConfigError(f'{where} does not exist: this run has no '
-                                 f'{phase} checkpoint yet')
+  run = reopen(config, workdir)
+  where = checkpoints(run, phase)
   rows = []
-  with jax.set_mesh(mesh), contextlib.closing(task):
+  with jax.set_mesh(run.mesh), contextlib.closing(run.task):
     saved = checkpoint.Checkpoints(where, config.run.keep)
     functions = prepare(run, rows)
     with contextlib.closing(saved):

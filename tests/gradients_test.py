@@ -21,7 +21,7 @@ def _gradients(config, heads=1, params=None):
   params = params or batches.params(heads)
   def run(params, batch):
     out = gradients.gradients(params, batch, state, config, V,
-                              jnp.float32(config.occ.eta))
+                              jnp.float32(config.occ.eta), tree.shared)
     return out.gradient, out.occ, out.metrics
   return jax.jit(run)(params, batches.batch(heads))
 

@@ -30,6 +30,8 @@ def _run(module, *flags):
     ('train', (QUICK, '--config.rollout.max_prompt=3'), 'rollout.max_prompt=3'),
     ('pretrain', (QUICK, '--config.task.name=chess'), 'chess'),
     ('evaluate', (), 'config.json'),
+    ('diagnose', (), 'config.json'),
+    ('diagnose', ('--steps=first',), '--steps takes whole numbers'),
     ('compare', (QUICK,), '--preset'),
     ('compare', (QUICK, '--preset=table1', '--config.mtp.regime=ce'),
      '--config.mtp.regime is overruled by variant dapo-paper-rl_only'),

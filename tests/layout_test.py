@@ -23,11 +23,12 @@ FLOORS = (
     ('gradients',),
     ('rollout.experience', 'train_step', 'evaluate', 'checkpoint', 'metrics',
      'plots', 'compare.grid', 'compare.figures', 'compare.jobs'),
-    ('trainer', 'compare.report'),
-    ('compare.study',),
+    ('trainer', 'compare.report', 'diagnose.measure'),
+    ('compare.study', 'diagnose.summary', 'diagnose.figures'),
+    ('diagnose.study',),
 )
 LEVEL = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-PACKAGES = ('', 'models', 'objectives', 'rollout', 'compare')
+PACKAGES = ('', 'models', 'objectives', 'rollout', 'compare', 'diagnose')
 FILES = sorted((ROOT / 'mtp_rl').rglob('*.py'))
 
 

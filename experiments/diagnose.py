@@ -1,0 +1,45 @@
+"""Measure along a run what the MTP gradient does to the RL objective.
+
+    python -m experiments.diagnose --workdir=DIR [--rollouts=8] [--steps=0,50]
+
+On fresh rollouts at each checkpoint: alignment of the two gradients, of one
+batch and de-biased; lambda of every estimator; the change of J that a step
+with lambda achieves on held-out rollouts, against what the equations predict.
+Writes DIR/diagnosis: diagnosis.{md,json}, rollouts.jsonl and three figures.
+"""
+
+from absl import flags
+
+from experiments import launch
+
+_ROLLOUTS = flags.DEFINE_integer('rollouts', 8, 'At each checkpoint.',
+                                 lower_bound=1)
+_STEPS = flags.DEFINE_list('steps', None, 'Checkpoints; default: all kept.')
+_BOUND = flags.DEFINE_float('bound', 1., 'Lambdas lie in [-bound, bound].')
+_POINTS = flags.DEFINE_integer('points', 17, 'Of the grid of lambdas.',
+                               lower_bound=3)
+_PIECES = flags.DEFINE_integer(
+    'pieces', None, 'Disjoint parts of a minibatch; default: occ.pieces.')
+_PROGRESS = flags.DEFINE_bool('progress', True, 'Show a bar.')
+
+
+def _whole_numbers(texts):
+  return all(t.isdigit() for t in texts or ())
+
+
+flags.register_validator('steps', _whole_numbers,
+                         '--steps takes whole numbers, like 0,50,100')
+
+
+def main():
+  """Diagnose, and print the tables."""
+  from mtp_rl.diagnose import study  # after the flags: a typo is quick
+  text, directory = study.diagnose(
+      launch.WORKDIR.value, _ROLLOUTS.value,
+      [int(s) for s in _STEPS.value or ()] or None, _BOUND.value,
+      _POINTS.value, _PIECES.value, _PROGRESS.value)
+  print(f'{text}\nsee {directory}')
+
+
+if __name__ == '__main__':
+  launch.run(main)

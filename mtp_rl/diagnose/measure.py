@@ -1,0 +1,257 @@
+"""One minibatch under a run's parameters: alignment, lambdas, Delta(lambda).
+
+The step under study is plain: theta + eta (g_RL + lambda g_MTP), psi at rest,
+with eta such that ||eta g_RL|| is as long as the update of theta that the
+run's optimiser makes of g_RL alone at this point. So the decompositions apply
+and the step is as long as in training. J is that of rollouts of the same
+policy on other prompts.
+"""
+
+import copy
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtp_rl import config as config_lib
+from mtp_rl import (
+  estimators,
+  gradients,
+  occ,
+  optim,
+  sharding,
+  train_step,
+  tree,
+)
+
+SCOPES = ('all', 'trunk', 'readout')
+# The share of the peak learning rate below which a schedule does not decay
+# here: at its end it would leave no step to measure.
+FLOOR = .1
+
+
+class Measures(NamedTuple):
+  """What one minibatch shows; N is the number of grid points.
+
+  Attributes:
+    rate: the learning rate.
+    eta: the plain step's size, 0 where the minibatch has no gradient.
+    ratio: L eta of the RL-only step as measured on the minibatch itself.
+    smoothness: the same as the estimators take it, in [.05, 1].
+    gain: J of held-out rollouts after the RL-only step, less J before it.
+    scopes: dict scope -> dict of `_alignment`.
+    lam: dict estimator -> [K], bounded.
+    same, cross, achieved: dicts estimator -> Delta at its lambda: the paper's
+      form, the cross-fitted form, held-out J.
+    curve: dict of [N]: Delta of one lambda common to all heads, as 'achieved'
+      on held-out rollouts and by the forms 'same', 'cross', 'curvature'.
+  """
+  rate: Any
+  eta: Any
+  ratio: Any
+  smoothness: Any
+  gain: Any
+  scopes: dict
+  lam: dict
+  same: dict
+  cross: dict
+  achieved: dict
+  curve: dict
+
+
+def measuring_config(config, bound, pieces=None):
+  """Return a run's config as its minibatches are measured: regime occ.
+
+  Args:
+    config: of the run.
+    bound: lambda is searched in [-bound, bound].
+    pieces: disjoint parts of a minibatch; None: occ.pieces of the run.
+
+  Raises:
+    config.ConfigError: the run has no MTP head, or `bound` is not positive.
+  """
+  if config.mtp.heads < 1:
+    raise config_lib.ConfigError(
+        'mtp.heads=0: there is no MTP gradient to diagnose; name the workdir '
+        'of a run with mtp.heads >= 1')
+  if not 0 < bound < float('inf'):
+    raise config_lib.ConfigError(
+        f'--bound={bound} must be positive and finite: lambda is searched '
+        'between its two signs')
+  config = copy.deepcopy(config)
+  config.mtp.regime, config.occ.estimator = 'occ', 'cross_fitted'
+  config.occ.lambda_min, config.occ.lambda_max = -bound, bound
+  config.occ.pieces = pieces or config.occ.pieces
+  return config
+
+
+def _remembered(function):
+  """Return a function of trees that computes each tree object once."""
+  seen = {}
+  def call(x):
+    if id(x) not in seen:
+      seen[id(x)] = x, function(x)
+    return seen[id(x)][1]
+  return call
+
+
+def _alignment(parts, g_rl, g, scope):
+  """Return inner products over some parameters, of one batch and across.
+
+  Returns:
+    dict of c, v2 [K] and rl [], and of their U-statistics over disjoint
+    prompts c_cross, v2_cross [K] and rl_cross [], which noise does not bias.
+  """
+  dot = lambda a, b: tree.dot(tree.scope(a, scope), tree.scope(b, scope))
+  products = occ.gradient_products(g_rl, g, dot)
+  square = lambda xs: occ.cross_products([(x, [x]) for x in xs], dot)[0]
+  return {'c': products.c, 'v2': jnp.diagonal(products.gram),
+          'rl': products.rl, 'c_cross': occ.cross_products(parts, dot),
+          'v2_cross': jnp.stack([square([heads[k] for _, heads in parts])
+                                 for k in range(len(g))]),
+          'rl_cross': square([rl for rl, _ in parts])}
+
+
+def predictions(lams, alignment, gram, curvature, eta, smoothness):
+  """Return Delta at vectors of lambdas by the three forms, dict of [n].
+
+  K heads with coefficients lambda are one head with g = G lambda.
+
+  Args:
+    lams: [n, K].
+    alignment: of `_alignment`, over all of theta.
+    gram: [K, K], <g_k, g_l>.
+    curvature: (g_RL'H g_k [K], g_k'H g_l [K, K]).
+    eta: step size.
+    smoothness: L eta.
+  """
+  quadratic = lambda m: jnp.einsum('nk,kl,nl->n', lams, m, lams)
+  c, v2 = lams @ alignment['c'], quadratic(gram)
+  bound = smoothness / jnp.where(eta > 0, eta, 1.)
+  return {
+      'same': occ.decomposition(1., c, v2, eta, bound),
+      'cross': occ.decomposition_cross(1., lams @ alignment['c_cross'], c, v2,
+                                       eta, bound),
+      'curvature': occ.decomposition_curvature(
+          1., c, lams @ curvature[0], quadratic(curvature[1]), eta)}
+
+
+def curves(ahead, lams):
+  """Return ahead(lambda) - ahead(0) at vectors of lambdas [n, K], [n]."""
+  zero = jnp.zeros_like(lams[:1])
+  values = jax.lax.map(ahead, jnp.concatenate([zero, lams]))
+  return values[1:] - values[0]
+
+
+def _step_size(g_rl, state, transform):
+  """Return eta, ||update of theta by g_RL alone|| / ||g_RL||."""
+  down = jax.tree.map(jnp.negative, g_rl)
+  still = jax.tree.map(jnp.zeros_like, tree.head(state.params))
+  updates, _ = transform.update({**down, **still}, state.opt_state,
+                                state.params)
+  length = tree.norm(g_rl)
+  return jnp.where(length > 0, tree.norm(tree.shared(updates))
+                   / jnp.where(length > 0, length, 1.), 0.)
+
+
+def measure(state, first, batch, held_out, *, config, own, grid, vocab_size,
+            transform, rate):
+  """Return the `Measures` of a minibatch.
+
+  Args:
+    state: `types.TrainState` of a checkpoint.
+    first: minibatch that the run's own update is made with first, or None.
+    batch: minibatch that is measured.
+    held_out: rollouts of the same policy on other prompts.
+    config: see `measuring_config`.
+    own: the run's config.
+    grid: [N] lambdas.
+    vocab_size: V.
+    transform, rate: see `train_step.train_step`.
+  """
+  if first is not None:
+    state, _ = train_step.train_step(state, first, config=own, rate=rate,
+                                     vocab_size=vocab_size,
+                                     transform=transform)
+  o, heads = config.occ, config.mtp.heads
+  work = gradients.Minibatch(state.params, batch, config, vocab_size, o.pieces)
+  theta, psi = tree.shared(state.params), tree.head(state.params)
+  value = lambda t, rows: gradients.objective({**t, **psi}, rows, config,
+                                              vocab_size)
+  blind = work.view(state.occ, 0.)
+  g_rl, g = blind.gradients()
+  eta = _step_size(g_rl, state, transform)
+
+  def after(lam):
+    direction = g_rl
+    for k in range(heads):
+      direction = tree.axpy(lam[k], g[k], direction)
+    return tree.axpy(eta, direction, theta)
+
+  ahead = lambda lam: value(after(lam), held_out)
+  still = jnp.zeros((heads,))
+  predicted = eta * tree.dot(g_rl, g_rl)
+  ratio = occ.smoothness_ratio(
+      predicted, value(after(still), batch) - work.value, predicted)
+  tracked = occ.track_smoothness(state.occ, ratio, decay=0.)
+  directional = _remembered(work.directional)
+  view = work.view(
+      tracked, eta, optim.preconditioner(state.opt_state, config.optim),
+      ahead)._replace(directional=directional)
+  found = {name: _bounded(_estimate(name, view, o), o)
+           for name in estimators.ESTIMATORS}
+
+  hg = [directional(x)[1] for x in view.heads()]
+  curvature = (jnp.stack([tree.dot(g_rl, x) for x in hg]),
+               jnp.stack([jnp.stack([tree.dot(a, x) for x in hg]) for a in g]))
+  scopes = {s: _alignment(work.parts, g_rl, g, s) for s in SCOPES}
+  grid_lams = jnp.tile(jnp.asarray(grid, jnp.float32)[:, None], (1, heads))
+  lams = jnp.concatenate([grid_lams, jnp.stack(list(found.values()))])
+  deltas = predictions(lams, scopes['all'],
+                       occ.gradient_products(g_rl, g, tree.dot).gram,
+                       curvature, eta, tracked.smoothness)
+  deltas['achieved'] = curves(ahead, lams)
+  n = len(grid)
+  each = lambda name: {e: deltas[name][n + i] for i, e in enumerate(found)}
+  return Measures(
+      jnp.float32(rate(state.step)), eta, ratio, tracked.smoothness,
+      ahead(still) - value(theta, held_out), scopes, found, each('same'),
+      each('cross'), each('achieved'), {k: v[:n] for k, v in deltas.items()})
+
+
+def _estimate(name, view, config):
+  if name == 'oracle':  # a few rounds of the heads suffice for a figure
+    return estimators.oracle(view, config, sweeps=6).lam
+  return estimators.ESTIMATORS[name](view, config).lam
+
+
+def _bounded(lam, config):
+  lam = jnp.where(jnp.isfinite(lam), lam, 0.)
+  return jnp.clip(lam, config.lambda_min, config.lambda_max)
+
+
+def make(own, config, grid, vocab_size, mesh, abstract):
+  """Shard and jit `measure` for the checkpoints of a run.
+
+  Args:
+    own: the run's config.
+    config: see `measuring_config`.
+    grid: [N] lambdas.
+    vocab_size: V.
+    mesh: see `sharding.make_mesh`.
+    abstract: see `train_step.Steps`.
+
+  Returns:
+    function (state, first, batch, held_out) -> `Measures`.
+  """
+  r = own.rl
+  decay = optim.schedule(r.lr, own.optim, r.steps * r.minibatches)
+  rate = lambda count: jnp.maximum(decay(count), FLOOR * r.lr)
+  transform = optim.make(own.optim, rate, own.mtp.regime != 'rl_only')
+  rows = sharding.batch_sharding(mesh)
+  return jax.jit(
+      functools.partial(measure, config=config, own=own, grid=grid,
+                        vocab_size=vocab_size, transform=transform, rate=rate),
+      in_shardings=(jax.tree.map(lambda x: x.sharding, abstract), rows, rows,
+                    rows))
