@@ -11,8 +11,8 @@ from mtp_rl import forward, types
 from tests import conftest
 
 V, ROWS, R, S = 13, 16, 6, 6
-REGIMES = config_lib.REGIMES + ('readout', 'exact', 'preconditioned',
-                                'cross_fitted', 'curvature')
+REGIMES = config_lib.REGIMES + ('readout', 'preconditioned', 'cross_fitted',
+                                'curvature')
 
 
 def config(regime='occ', **sections):

@@ -288,9 +288,8 @@ def test_l_eta_is_measured_on_the_update_itself():
     assert float(state.occ.smoothness) == measured
 
 
-@pytest.mark.parametrize('regime', ['rl_only', 'detach', 'ce', 'policy', 'occ',
-                                    'readout', 'exact', 'cross_fitted',
-                                    'curvature'])
+@pytest.mark.parametrize('regime', ['detach', 'ce', 'occ', 'exact',
+                                    'cross_fitted', 'curvature'])
 def test_accumulated_is_whole(regime):
   sections = dict(rl=dict(loss='gspo', dual_clip=0., clip_low=.05,
                           clip_high=.05, aggregation='seq-mean-token-mean'))
