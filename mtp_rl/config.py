@@ -12,6 +12,7 @@ import math
 REGIMES = ('rl_only', 'detach', 'ce', 'policy', 'occ', 'occ_authors')
 ESTIMATORS = ('logprob', 'authors', 'readout', 'exact', 'preconditioned',
               'cross_fitted', 'curvature', 'oracle')
+TRAINABLE = ESTIMATORS[:-1]  # the oracle needs rollouts no update sees
 
 
 class ConfigError(ValueError):

@@ -82,7 +82,7 @@ def test_presets_hold_what_they_promise():
   assert [f'policy-{x}' for x in ('0.1', '0.2', '0.5', '1')] == labels(
       'table2')[2:6]
   assert labels('trace', estimators=['curvature'])[2:] == ['occ-curvature']
-  assert len(labels('trace')) == 2 + len(config_lib.ESTIMATORS)
+  assert len(labels('trace')) == 2 + len(config_lib.TRAINABLE)
   with pytest.raises(config_lib.ConfigError, match='table3'):
     labels('table3')
   with pytest.raises(config_lib.ConfigError, match='magic'):

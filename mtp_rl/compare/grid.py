@@ -118,10 +118,10 @@ def preset_variants(base, preset, clips=CLIPS, estimators=None, coef=None,
     config.ConfigError: a name is unknown.
   """
   if estimators is None:
-    estimators = config_lib.ESTIMATORS if preset == 'trace' else ('logprob',)
+    estimators = config_lib.TRAINABLE if preset == 'trace' else ('logprob',)
   _known('preset', [preset], PRESETS)
   _known('clips', clips, CLIPS)
-  _known('estimators', estimators, config_lib.ESTIMATORS)
+  _known('estimators', estimators, config_lib.TRAINABLE)
   out = []
   for objective in objectives or OBJECTIVES[preset]:
     for kind in clips:
