@@ -36,6 +36,8 @@ REGIMES = {
     'policy': ('policy', 'logprob', 'joint'),
     'occ': ('occ', 'logprob', 'joint'),
     'occ_authors': ('occ_authors', 'logprob', 'joint'),
+    'policy own loss': ('policy', 'logprob', 'policy'),
+    'occ own loss': ('occ', 'logprob', 'policy'),
     'policy own ce': ('policy', 'logprob', 'ce'),
     'occ own ce': ('occ', 'logprob', 'ce'),
     'occ readout': ('occ', 'readout', 'joint'),
