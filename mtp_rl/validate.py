@@ -70,6 +70,9 @@ def _validate_mtp(config):
         f'and cross_fitted, but occ.estimator={o.estimator}; set occ.scope=all')
   _need(m.kind == 'sequential' or not m.detach_embedding,
         'mtp.kind=parallel reads no embedding; set mtp.detach_embedding=false')
+  _need(m.kind == 'sequential' or m.concat == 'h_emb',
+        f'mtp.kind=parallel joins no embedding, but mtp.concat={m.concat}; '
+        'set mtp.concat=h_emb')
   _need(o.lambda_plus > 0, f'occ.lambda_plus={o.lambda_plus} must be positive')
   _need(0 <= o.ema < 1, f'occ.ema={o.ema} must lie in [0, 1)')
 
@@ -89,6 +92,11 @@ def _validate_batch(config):
     _need(rows // n % r.microbatches == 0,
           f'a part of {rows // n} rows (occ.pieces={n}) does not split into '
           f'rl.microbatches={r.microbatches}; make it a divisor')
+    devices = mesh.data * mesh.fsdp
+    _need(rows // n // r.microbatches % devices == 0,
+          f'a part of {rows // n} rows (occ.pieces={n}) in rl.microbatches='
+          f'{r.microbatches} does not divide over the mesh (mesh.data * '
+          f'mesh.fsdp = {devices}); set fewer occ.pieces')
   _need(rows % r.microbatches == 0,
         f'a minibatch of {rows} rows does not split into rl.microbatches='
         f'{r.microbatches}; make it a divisor')
