@@ -83,12 +83,15 @@ def _validate_batch(config):
         f'rl.prompts={r.prompts} does not split into rl.minibatches='
         f'{r.minibatches}; make it a multiple')
   rows = r.prompts // r.minibatches * r.group
-  if config.occ.estimator == 'cross_fitted':
+  if config.occ.estimator in config_lib.IN_PARTS:
     n = config.occ.pieces
-    _need(n >= 2 and r.prompts // r.minibatches % n == 0,
+    _need(r.prompts // r.minibatches % n == 0,
           f'occ.pieces={n} disjoint parts need as many prompts each, but a '
           f'minibatch has {r.prompts // r.minibatches}; set occ.pieces to a '
-          'divisor of at least 2')
+          'divisor')
+    _need(n >= 2 or config.occ.estimator != 'cross_fitted',
+          'occ.estimator=cross_fitted holds disjoint parts against each '
+          'other, but occ.pieces=1; set occ.pieces >= 2')
     _need(rows // n % r.microbatches == 0,
           f'a part of {rows // n} rows (occ.pieces={n}) does not split into '
           f'rl.microbatches={r.microbatches}; make it a divisor')

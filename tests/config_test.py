@@ -35,6 +35,8 @@ from tests import conftest
     (dict(occ=dict(estimator='oracle')), 'experiments.diagnose'),
     (dict(occ=dict(estimator='readout', scope='trunk')), 'occ.scope=trunk'),
     (dict(occ=dict(estimator='cross_fitted', pieces=3)), 'occ.pieces=3'),
+    (dict(occ=dict(estimator='cross_fitted', pieces=1)), 'occ.pieces >= 2'),
+    (dict(occ=dict(estimator='exact', pieces=3)), 'occ.pieces=3'),
     (dict(occ=dict(estimator='cross_fitted', pieces=4),
           rl=dict(microbatches=8), warmup=dict(batch=32)), 'a part of 4 rows'),
     (dict(occ=dict(probe_every=0)), 'occ.probe_every=0'),

@@ -66,7 +66,8 @@ def measuring_config(config, bound, pieces=None):
   Args:
     config: of the run.
     bound: lambda is searched in [-bound, bound].
-    pieces: disjoint parts of a minibatch; None: occ.pieces of the run.
+    pieces: disjoint parts of a minibatch; None: occ.pieces of the run, 2 or
+      more.
 
   Raises:
     config.ConfigError: the run has no MTP head, or `bound` is not positive.
@@ -82,7 +83,7 @@ def measuring_config(config, bound, pieces=None):
   config = copy.deepcopy(config)
   config.mtp.regime, config.occ.estimator = 'occ', 'cross_fitted'
   config.occ.lambda_min, config.occ.lambda_max = -bound, bound
-  config.occ.pieces = pieces or config.occ.pieces
+  config.occ.pieces = pieces or max(config.occ.pieces, 2)
   return config
 
 
