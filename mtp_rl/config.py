@@ -68,7 +68,7 @@ class OCC:
   ema: float = 0.  # decay of the moving average of lambda; 0: none
   heads: str = 'joint'  # K > 1: G^-1 c, or 'per_head': c_k / v_k^2
   scope: str = 'all'  # parameters whose gradients are measured
-  pieces: int = 4  # parts of a minibatch that `IN_PARTS` take one by one
+  pieces: int = 2  # parts of a minibatch that `IN_PARTS` take one by one
   probe_every: int = 4  # cross_fitted: updates between measurements of L eta
   guard: float = 0.  # bound rho of ||lambda g_MTP|| <= rho ||g_RL||; 0: off
   eta: float = 0.  # step size in the curvature form; 0: the learning rate
