@@ -4,7 +4,6 @@ The weights are made under the names of the published checkpoints, so a
 golden file needs to hold the logits alone.
 """
 
-import dataclasses
 import json
 
 import jax
@@ -101,8 +100,3 @@ def logits(net, params):
               else params['embed']['embedding'].T)
     return [x @ matrix for x in (h, *ahead)]
   return [np.asarray(x) for x in run(params, *tokens())]
-
-
-def without_modules(m, mtp):
-  """Return the same model with no MTP modules."""
-  return m, dataclasses.replace(mtp, heads=0)

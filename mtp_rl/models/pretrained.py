@@ -180,7 +180,9 @@ def _array(source, leaf, grid, transposed):
       out[place] = x.T if transposed else x
     return out
 
-  return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+  # Waiting frees the buffers of this parameter before the next is read.
+  return jax.block_until_ready(
+      jax.make_array_from_callback(leaf.shape, leaf.sharding, read))
 
 
 def check(path, model_config, mtp):
@@ -202,7 +204,7 @@ def check(path, model_config, mtp):
 def load(path, abstract, model_config, mtp, fresh=None):
   """Read a checkpoint straight into sharded arrays.
 
-  Host memory beside the arrays: one parameter's own shards and one tensor.
+  Host memory beside the arrays: the own shards of one parameter, one tensor.
 
   Args:
     path: Hugging Face folder (config.json, *.safetensors) or GGUF file.

@@ -7,26 +7,28 @@ import pathlib
 
 import numpy as np
 
+from mtp_rl.models import presets
 from tests import published
 
 PATH = pathlib.Path(__file__).parent / 'logits.npz'
 
 
-def logits(family, tensors=None):
-  """Return transformers' logits of valid tokens, [n, V], and its model."""
+def logits(m, mtp, tensors):
+  """Return transformers' logits of valid tokens, [n, V], and its model.
+
+  Args:
+    m: `config.Model`.
+    mtp: `config.MTP` with heads=0.
+    tensors: {published name: array}.
+  """
   import torch
   import transformers
-
-  from mtp_rl.models import presets
-  m, mtp = published.without_modules(*published.model(family))
   values = presets.to_hf(m, mtp)
   kind = getattr(transformers, values.pop('architectures')[0])
   values.pop('torch_dtype')
-  torch.manual_seed(0)
   model = kind(kind.config_class(**values)).eval()
-  tensors = tensors or published.weights(m, mtp)
   state = {k: torch.from_numpy(v.copy()) for k, v in tensors.items()}
-  model.load_state_dict(_fused(state, model.state_dict()))
+  model.load_state_dict(fused(state, model.state_dict()))
   tokens, valid = published.tokens()
   positions = np.maximum(np.cumsum(valid, 1) - 1, 0)
   with torch.no_grad():
@@ -36,7 +38,7 @@ def logits(family, tensors=None):
   return out.logits.numpy()[valid], model
 
 
-def _fused(state, wanted):
+def fused(state, wanted):
   """Stack experts as the torch module keeps them; tie what it ties."""
   import torch
   out = {k: v for k, v in state.items() if '.experts.' not in k}
@@ -49,9 +51,14 @@ def _fused(state, wanted):
       out[name] = (pick('down') if part == 'down_proj' else
                    torch.cat([pick('gate'), pick('up')], 1))
   if 'lm_head.weight' in wanted:
-    out.setdefault('lm_head.weight', out['model.embed_tokens.weight'])
+    out.setdefault('lm_head.weight', state['model.embed_tokens.weight'])
   return out
 
 
+def _golden(family):
+  m, mtp = published.model(family, heads=0)
+  return logits(m, mtp, published.weights(m, mtp))[0]
+
+
 if __name__ == '__main__':
-  np.savez_compressed(PATH, **{f: logits(f)[0] for f in published.TRUNKS})
+  np.savez_compressed(PATH, **{f: _golden(f) for f in published.TRUNKS})
