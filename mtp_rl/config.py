@@ -126,6 +126,10 @@ class Warmup:
   batch: int = 128
   lr: float = 2e-3
   mtp_coef: float = 1.
+  train: str = 'all'  # 'mtp': the MTP modules, everything else frozen
+  data: str = 'solutions'  # 'samples': the model's own, of training prompts
+  pool: int = 1  # rollouts (rl.prompts x rl.group samples) of one pool
+  pool_steps: int = 50  # updates that draw from one pool
   init: str = ''  # workdir of experiments.pretrain to start from instead
 
 

@@ -19,6 +19,8 @@ CHOICES = {
     'rl.loss': ('ppo', 'gspo', 'cispo'),
     'rl.aggregation': masked.AGGREGATIONS,
     'rl.kl_kind': ('k1', 'k2', 'k3'),
+    'warmup.train': ('all', 'mtp'),
+    'warmup.data': ('solutions', 'samples'),
     'optim.clip_mode': ('separate', 'joint'),
     'optim.schedule': ('constant', 'cosine', 'linear'),
     'task.name': ('arithmetic', 'path_finding', 'reasoning_gym', 'subset_sum'),
@@ -72,6 +74,21 @@ def _validate_mtp(config):
         'mtp.kind=parallel reads no embedding; set mtp.detach_embedding=false')
   _need(o.lambda_plus > 0, f'occ.lambda_plus={o.lambda_plus} must be positive')
   _need(0 <= o.ema < 1, f'occ.ema={o.ema} must lie in [0, 1)')
+
+
+def _validate_start(config):
+  w, m = config.warmup, config.model
+  _need(w.train == 'all' or config.mtp.heads,
+        'warmup.train=mtp trains MTP modules, but mtp.heads=0; set mtp.heads=1')
+  _need(w.data == 'solutions' or w.train == 'mtp',
+        'warmup.data=samples imitates a policy that must stay as it is; set '
+        'warmup.train=mtp')
+  _need(not (m.pretrained and w.init),
+        f'model.pretrained={m.pretrained} and warmup.init={w.init} both give '
+        'the first parameters; set one of them')
+  _need(m.pretrained or not config.mtp.fresh,
+        'mtp.fresh=true adds modules to pretrained weights, but '
+        'model.pretrained is empty; set it, or mtp.fresh=false')
 
 
 def _validate_experts(m):
@@ -155,7 +172,8 @@ def validate(config):
       'model': ('d_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_ff',
                 'rope_theta', 'norm_eps'),
       'rl': ('prompts', 'group', 'minibatches', 'microbatches', 'lr'),
-      'warmup': ('batch', 'lr'), 'rollout': ('max_prompt', 'max_response'),
+      'warmup': ('batch', 'lr', 'pool', 'pool_steps'),
+      'rollout': ('max_prompt', 'max_response'),
       'occ': ('probe_every', 'pieces'), 'eval': ('every', 'samples'),
       'mesh': ('data', 'fsdp', 'model', 'expert'),
       'run': ('checkpoint_every', 'keep'), 'task': ('held_out', 'timeout_s'),
@@ -195,3 +213,4 @@ def validate(config):
         'set it above 0 (evaluation is greedy by itself)')
   _validate_mtp(config)
   _validate_batch(config)
+  _validate_start(config)

@@ -24,6 +24,7 @@ FLOORS = (
     ('gradients',),
     ('rollout.experience', 'train_step', 'evaluate', 'checkpoint', 'metrics',
      'plots', 'compare.grid', 'compare.figures', 'compare.jobs'),
+    ('warmup',),
     ('trainer', 'compare.report', 'diagnose.measure'),
     ('compare.study', 'diagnose.summary', 'diagnose.figures'),
     ('diagnose.study',),
