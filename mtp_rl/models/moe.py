@@ -19,11 +19,38 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from mtp_rl import sharding
 
 LOAD = 'load'  # the collection that `Experts` sows into, where mutable
+
+
+def load(variables):
+  """Return the trunk's loads, int32 [B, L, E], or None without experts.
+
+  Args:
+    variables: what a forward pass with `LOAD` mutable returned.
+  """
+  if 'blocks' not in variables.get(LOAD, {}):
+    return None
+  return variables[LOAD]['blocks']['layers']['experts']['tokens'].swapaxes(0, 1)
+
+
+def balance(loads):
+  """Return metrics of `load`: fractions of a layer's choices, 1 is fair.
+
+  Args:
+    loads: int [B, L, E] NumPy array.
+
+  Returns:
+    dict of moe/load_max and moe/load_min, a layer's busiest and idlest expert
+    times E, means over layers.
+  """
+  share = loads.sum(0) / np.maximum(loads.sum((0, 2))[:, None], 1)
+  return {'moe/load_max': float(share.max(1).mean() * loads.shape[2]),
+          'moe/load_min': float(share.min(1).mean() * loads.shape[2])}
 
 
 def route(x, router, bias, m):
