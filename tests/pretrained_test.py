@@ -119,7 +119,8 @@ def test_modules_are_fresh_on_request_only(tmp_path):
   net, abstract = published.network(m, mtp)
   with pytest.raises(config_lib.ConfigError, match='set mtp.fresh=true'):
     pretrained.load(path, abstract, m, mtp)
-  fresh = net.init(jax.random.key(3), *published.tokens())['params'][tree.HEAD]
+  fresh = jax.jit(net.init)(jax.random.key(3), *published.tokens())[
+      'params'][tree.HEAD]
   params = pretrained.load(path, abstract, m, mtp, fresh)
   jax.tree.map(np.testing.assert_array_equal, params[tree.HEAD], fresh)
   # With both depths written, one can be read and the other left.

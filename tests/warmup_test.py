@@ -1,8 +1,11 @@
 """Runs that start from pretrained weights and train the MTP modules alone."""
 
 import os
+import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -13,6 +16,7 @@ from mtp_rl import config as config_lib
 from mtp_rl.models import pretrained
 from tests import conftest, published
 
+ROOT = pathlib.Path(__file__).parent.parent
 V = 17  # of the token table; the task's tokenizer has 14
 
 
@@ -113,6 +117,28 @@ def test_without_warm_up_steps_the_first_checkpoint_is_the_pretrained_trunk(
       first['embed']['embedding'],
       published.weights(config.model, config_lib.MTP(heads=0))[
           'model.embed_tokens.weight'])
+
+
+def _convert(*flags):
+  done = subprocess.run(
+      [sys.executable, '-m', 'experiments.convert', *flags], text=True,
+      cwd=ROOT, capture_output=True, timeout=300)
+  assert done.returncode == 0 or done.stderr.startswith('error: '), done.stderr
+  return done.stderr if done.returncode else ''
+
+
+def test_a_run_becomes_a_folder_and_the_folder_a_run(whole, tmp_path):
+  config, workdir = whole
+  out, again = str(tmp_path / 'out'), str(tmp_path / 'again')
+  assert not _convert(f'--workdir={workdir}', f'--target={out}')
+  saved = os.path.join(workdir, 'config.json')
+  assert not _convert(f'--workdir={again}', f'--source={out}',
+                      f'--config=configs/from_json.py:{saved}')
+  trained = _params(config, workdir, 'rl')
+  jax.tree.map(np.testing.assert_array_equal, _params(config, again, 'warmup'),
+               trained)
+  assert '--config' in _convert(f'--workdir={again}', f'--source={out}')
+  assert '--source and --target' in _convert(f'--workdir={again}')
 
 
 def test_pretrained_weights_that_do_not_fit_are_refused_at_once(

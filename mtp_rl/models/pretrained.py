@@ -269,6 +269,27 @@ def tensors(params, model_config, heads):
              else np.asarray(x))
 
 
+def new_folder(folder, model_config, mtp):
+  """Create a folder for `save` and return its config.json as a dict.
+
+  Raises:
+    config.ConfigError: the folder holds weights, cannot be written, or no
+      known architecture is the model's.
+  """
+  values = presets.to_hf(model_config, mtp)
+  try:
+    os.makedirs(folder, exist_ok=True)
+    held = os.listdir(folder)
+  except OSError as e:
+    raise config_lib.ConfigError(
+        f'{folder} cannot be written ({e.strerror}); choose another folder'
+        ) from e
+  if any(n.endswith('.safetensors') for n in held):
+    raise config_lib.ConfigError(f'{folder} holds weights already; choose '
+                                 'another folder')
+  return values
+
+
 def save(folder, params, model_config, mtp, dtype='float32',
          shard_bytes=2 ** 31):
   """Write a Hugging Face folder: config.json, shards and their index.
@@ -276,7 +297,7 @@ def save(folder, params, model_config, mtp, dtype='float32',
   Host memory: one shard. For one process; others need the arrays gathered.
 
   Args:
-    folder: path, created; must hold no weights yet.
+    folder: path, see `new_folder`.
     params: the parameters.
     model_config: `config.Model`, vocab_size set.
     mtp: `config.MTP`.
@@ -284,14 +305,9 @@ def save(folder, params, model_config, mtp, dtype='float32',
     shard_bytes: a file grows no larger, but by its last tensor.
 
   Raises:
-    config.ConfigError: the folder holds weights, or no known architecture
-      is the model's.
+    config.ConfigError: see `new_folder`.
   """
-  values = presets.to_hf(model_config, mtp) | {'torch_dtype': dtype}
-  os.makedirs(folder, exist_ok=True)
-  if any(n.endswith('.safetensors') for n in os.listdir(folder)):
-    raise config_lib.ConfigError(f'{folder} holds weights already; choose '
-                                 'another folder')
+  values = new_folder(folder, model_config, mtp) | {'torch_dtype': dtype}
   kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
   shards, size = [[]], 0
   for name, shape, read in tensors(params, model_config, mtp.heads):
