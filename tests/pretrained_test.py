@@ -151,6 +151,9 @@ def test_a_copy_that_differs_is_refused(tmp_path):
     (dict(rope_scaling={'type': 'yarn'}), 'rope_scaling'),
     (dict(rope_parameters={'rope_theta': 3.}), 'model.rope_theta'),
     (dict(num_attention_heads=8), r'model.n_heads \(4, 8\)'),
+    (dict(intermediate_size='40'), "d_ff the value '40'"),
+    (dict(rms_norm_eps=None), 'norm_eps the value None'),
+    (dict(rope_scaling='yarn'), 'must be an object'),
     (dict(mtp_rl={'concat': 'emb_h'}), 'mtp.concat')])
 def test_another_architecture_is_named(change, said, tmp_path):
   m, mtp = published.model('mimo')

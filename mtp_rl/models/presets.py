@@ -128,6 +128,10 @@ def _refuse_unknown(values):
     raise config_lib.ConfigError(
         f'config.json has model_type={kind!r}, but only '
         f'{", ".join(_ARCHITECTURES)} can be read')
+  for name in ('rope_parameters', 'rope_scaling', 'mtp_rl'):
+    if not isinstance(values.get(name) or {}, dict):
+      raise config_lib.ConfigError(
+          f'config.json sets {name}={values[name]!r}, which must be an object')
   rope = values.get('rope_parameters') or values.get('rope_scaling') or {}
   wrong = {
       'hidden_act': values.get('hidden_act', 'silu') != 'silu',
@@ -165,7 +169,7 @@ def from_hf(values):
                             or fields['n_heads'])
     fields['head_dim'] = (values.get('head_dim')
                           or fields['d_model'] // fields['n_heads'])
-    fields['rope_theta'] = float(rope.get('rope_theta', 10000.))
+    fields['rope_theta'] = rope.get('rope_theta', 10000.)
     if kind == 'glm4_moe':
       fields |= {field: values[key] for field, key in _EXPERTS.items()}
       fields['rotary'] = rope.get('partial_rotary_factor', .5)
@@ -182,7 +186,15 @@ def from_hf(values):
   if heads:
     mtp = {'heads': heads, 'kind': 'sequential', 'hidden': 'post_norm',
            'concat': 'emb_h' if kind == 'glm4_moe' else 'h_emb',
-           **values.get('mtp_rl', {})}
+           **(values.get('mtp_rl') or {})}
+  for name, value in {**fields, **mtp}.items():
+    default = getattr(config_lib.Model, name, getattr(config_lib.MTP, name, ''))
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    if not isinstance(value, kinds) or (
+        isinstance(value, bool) and not isinstance(default, bool)):
+      raise config_lib.ConfigError(
+          f'config.json gives {name} the value {value!r}, which is of another '
+          'type; correct the file')
   return config_lib.Model(**fields), mtp
 
 
