@@ -67,7 +67,7 @@ def complete(generate, params, examples, key, task, config):
   Prompts go in batches of one shape; the last is filled up by repetition.
   """
   size = min(BATCH, -(-len(examples) // 8) * 8)
-  devices = config.mesh.data * config.mesh.fsdp
+  devices = sharding.batch_devices(config.mesh)
   size = -(-size // devices) * devices
   out = []
   for start in range(0, len(examples), size):
