@@ -5,8 +5,9 @@ import pathlib
 import setuptools
 
 GYM = ['reasoning-gym>=0.1.25']
+MATH = ['math-verify[antlr4_13_2]>=0.9.0']
 TEST = ['pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.17', 'nbclient>=0.11',
-        'ipykernel>=7.4', *GYM]
+        'ipykernel>=7.4', *GYM, *MATH]
 
 setuptools.setup(
     name='mtp_rl',
@@ -33,6 +34,7 @@ setuptools.setup(
     ],
     extras_require={
         'gym': GYM,
+        'math': MATH,
         'test': TEST,
         'tpu': ['jax[tpu]>=0.10.2'],
         'gpu': ['jax[cuda13]>=0.10.2'],

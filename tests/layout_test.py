@@ -15,6 +15,7 @@ FLOORS = (
     ('models.mtp',),
     ('objectives.logprobs', 'objectives.advantages', 'objectives.policy',
      'tasks.workers', 'tasks.generated'),
+    ('tasks.verifiers',),
     ('objectives.mtp', 'tasks.arithmetic', 'tasks.path_finding',
      'tasks.reasoning_gym', 'tasks.subset_sum'),
     ('tasks',),
