@@ -6,8 +6,11 @@ import setuptools
 
 GYM = ['reasoning-gym>=0.1.25']
 MATH = ['math-verify[antlr4_13_2]>=0.9.0']
+MODELS = ['tokenizers>=0.23', 'jinja2>=3.1.6', 'gguf>=0.19',
+          'safetensors>=0.8']
 TEST = ['pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.17', 'nbclient>=0.11',
-        'ipykernel>=7.4', *GYM, *MATH]
+        'ipykernel>=7.4', *GYM, *MATH,
+        *MODELS]
 
 setuptools.setup(
     name='mtp_rl',
@@ -35,6 +38,7 @@ setuptools.setup(
     extras_require={
         'gym': GYM,
         'math': MATH,
+        'models': MODELS,
         'test': TEST,
         'tpu': ['jax[tpu]>=0.10.2'],
         'gpu': ['jax[cuda13]>=0.10.2'],

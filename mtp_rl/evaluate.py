@@ -42,7 +42,8 @@ def majority(answers, rewards):
   return sum(value[a] for a in best) / len(best)
 
 
-def make_generate(config, vocab_size, mesh, abstract, group, greedy=False):
+def make_generate(config, vocab_size, mesh, abstract, ends, group,
+                  greedy=False):
   """Return the jitted (params, prompts, valid, key) -> Tokens, log-probs.
 
   Args:
@@ -50,6 +51,7 @@ def make_generate(config, vocab_size, mesh, abstract, group, greedy=False):
     vocab_size: V.
     mesh: the device mesh.
     abstract: parameters as ShapeDtypeStructs with shardings.
+    ends: `tokenizers.Ends`.
     group: samples a prompt.
     greedy: take the most likely token instead of sampling.
   """
@@ -57,7 +59,7 @@ def make_generate(config, vocab_size, mesh, abstract, group, greedy=False):
   rows = sharding.batch_sharding(mesh)
   return jax.jit(
       functools.partial(sampler.generate, config=config, vocab_size=vocab_size,
-                        group=group, greedy=greedy),
+                        ends=ends, group=group, greedy=greedy),
       in_shardings=(shardings, rows, rows, None), out_shardings=(rows, rows))
 
 

@@ -88,7 +88,7 @@ def setup(config, workdir):
                              config.rollout.max_response)
   metrics.write_json(path, config_lib.to_dict(config))
   metrics.write_json(os.path.join(workdir, 'tokenizer.json'),
-                     {'characters': task.tokenizer.characters})
+                     task.tokenizer.to_dict())
   return Run(config, workdir, task, mesh, jax.random.key(config.seed))
 
 
@@ -108,7 +108,7 @@ def load_tokenizer(workdir):
   path = os.path.join(workdir, 'tokenizer.json')
   try:
     with open(path, encoding='utf-8') as f:
-      return tokenizers.CharTokenizer(json.load(f)['characters'])
+      return tokenizers.from_dict(json.load(f))
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise config_lib.ConfigError(
         f'{path} cannot be read ({e}); name the workdir of a run') from e
@@ -196,7 +196,8 @@ def prepare(run, completions=None):
   config, task = run.config, run.task
   steps = train_step.make(config, run.vocab_size, run.mesh)
   make = functools.partial(evaluate.make_generate, config, run.vocab_size,
-                           run.mesh, steps.abstract.params)
+                           run.mesh, steps.abstract.params,
+                           task.tokenizer.ends)
   sample, greedy, several = (make(config.rl.group), make(1, greedy=True),
                              make(config.eval.samples))
 

@@ -65,13 +65,14 @@ def collect(params, reference_params, step, *, task, config, generate, score,
       'timing_s/reward': rewarded - generated,
       'timing_s/score': time.perf_counter() - rewarded,
       'rollout/tokens_per_s': mask.sum() / (generated - start),
-      **failed, **describe(batch, old, rewards, g)}
+      **failed,
+      **describe(batch, old, rewards, g, task.tokenizer.ends)}
   rows = [{'prompt': e.prompt, 'completion': t, 'answer': e.answer,
            'reward': float(r)} for e, t, r in zip(repeated, texts, rewards)]
   return batch, metrics, rows
 
 
-def describe(batch, old, rewards, group):
+def describe(batch, old, rewards, group, ends):
   """Return the metrics of a rollout.
 
   Args:
@@ -79,6 +80,7 @@ def describe(batch, old, rewards, group):
     old: `logprobs.LogProbs` with entropy and acceptance.
     rewards: float [B].
     group: G.
+    ends: `tokenizers.Ends`.
   """
   mask, length = batch.mask, batch.mask.sum(1)
   full = mask.all(1)
@@ -91,7 +93,7 @@ def describe(batch, old, rewards, group):
       'response_length/max': length.max(),
       # The last column is an EOS, or the completion was cut off.
       'response_length/clip_ratio': (
-          full & (batch.tokens[:, -1] != sampler.tokenizers.EOS)).mean(),
+          full & ~np.isin(batch.tokens[:, -1], ends.eos)).mean(),
       'actor/entropy': (old.entropy * mask).sum() / tokens,
       'rollout/logprob_gap_max': np.abs(
           (old.main - batch.sampler) * mask).max()}

@@ -21,7 +21,7 @@ MODULES = {'arithmetic': 'mtp_rl.tasks.arithmetic',
 class Task(Protocol):
   """What the trainer asks of a task."""
 
-  tokenizer: tokenizers.CharTokenizer
+  tokenizer: tokenizers.CharTokenizer | tokenizers.SubwordTokenizer
 
   def prompts(self, step: int, count: int) -> list[types.Example]:
     """Return `count` training problems of a step."""
