@@ -28,6 +28,7 @@ setuptools.setup(
         'optax>=0.2.8',
         'orbax-checkpoint>=0.12.8',
         'tensorflow-datasets>=4.9.10',
+        'importlib_resources>=7.1',  # tensorflow-datasets forgets to ask
         'absl-py>=2.5.1',
         'ml_collections>=1.1.0',
         'numpy>=2.4',

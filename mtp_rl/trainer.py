@@ -89,6 +89,8 @@ def setup(config, workdir):
   metrics.write_json(path, config_lib.to_dict(config))
   metrics.write_json(os.path.join(workdir, 'tokenizer.json'),
                      task.tokenizer.to_dict())
+  if hasattr(task, 'report'):
+    metrics.write_json(os.path.join(workdir, 'data.json'), task.report)
   return Run(config, workdir, task, mesh, jax.random.key(config.seed))
 
 

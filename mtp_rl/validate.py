@@ -21,7 +21,9 @@ CHOICES = {
     'rl.kl_kind': ('k1', 'k2', 'k3'),
     'optim.clip_mode': ('separate', 'joint'),
     'optim.schedule': ('constant', 'cosine', 'linear'),
-    'task.name': ('arithmetic', 'path_finding', 'reasoning_gym', 'subset_sum'),
+    'task.name': ('arithmetic', 'math', 'path_finding', 'reasoning_gym',
+                  'subset_sum', 'sums'),
+    'task.template': ('chat', 'plain'),
 }
 
 
@@ -131,7 +133,8 @@ def validate(config):
       'warmup': ('batch', 'lr'), 'rollout': ('max_prompt', 'max_response'),
       'occ': ('probe_every', 'pieces'), 'eval': ('every', 'samples'),
       'mesh': ('data', 'fsdp', 'model'),
-      'run': ('checkpoint_every', 'keep'), 'task': ('held_out', 'timeout_s'),
+      'run': ('checkpoint_every', 'keep'),
+      'task': ('held_out', 'timeout_s', 'processes', 'largest'),
   }
   natural = {
       'model': ('head_dim', 'head_chunk'),

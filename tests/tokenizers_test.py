@@ -11,8 +11,8 @@ from mtp_rl import config as config_lib
 from mtp_rl import tokenizers
 
 TEMPLATE = ("{% for m in messages %}<|start|>{{ m['role'] }}\n"
-            "{{ m['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>"
-            'assistant\n{% endif %}')
+            "{{ m['content'] }}<|end|>\n{% endfor %}"
+            '{% if add_generation_prompt %}<|start|>assistant\n{% endif %}')
 ASK = [{'role': 'user', 'content': 'Hi {{ 1 }}'}]
 
 
