@@ -81,6 +81,9 @@ class RL:
   minibatches: int = 4
   microbatches: int = 1  # > 1: recompute each one in the backward pass
   lr: float = 1e-3
+  dynamic_sampling: int = 0  # most redraws of a step for varied groups; 0: off
+  overlong_buffer: int = 0  # tokens before max_response that cost; 0: off
+  overlong_penalty: float = 1.  # of a completion cut off at max_response
   advantage: str = 'grpo'
   loss: str = 'ppo'
   clip_low: float = 0.2
@@ -157,6 +160,7 @@ class Eval:
   """Evaluation during training."""
   every: int = 25
   samples: int = 4  # k of avg@k, pass@k, maj@k
+  batch: int = 128  # prompts of one generation
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -26,7 +26,7 @@ FLOORS = (
     ('rollout.experience', 'train_step', 'evaluate', 'checkpoint', 'metrics',
      'plots', 'compare.grid', 'compare.figures', 'compare.jobs'),
     ('trainer', 'compare.report', 'diagnose.measure'),
-    ('compare.study', 'diagnose.summary', 'diagnose.figures'),
+    ('compare.study', 'scoring', 'diagnose.summary', 'diagnose.figures'),
     ('diagnose.study',),
 )
 LEVEL = {name: i for i, floor in enumerate(FLOORS) for name in floor}

@@ -45,7 +45,8 @@ def _folder(tmp_path_factory):
 
 def _config(folder, **kw):
   options = dict(name='math', template='plain', data_dir=str(folder),
-                 cache_dir=os.path.join(folder, 'cache'), train='mine', evals='test',
+                 cache_dir=os.path.join(folder, 'cache'), train='mine',
+                 evals='test',
                  timeout_s=20., processes=1) | kw
   return config_lib.Config(task=config_lib.Task(**options),
                            rollout=config_lib.Rollout(max_prompt=400))
