@@ -1,5 +1,6 @@
 """Math sets through TFDS, the math task, sums in chat format."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import tasks, tokenizers
+from mtp_rl import metrics, tasks, tokenizers, trainer
 from mtp_rl.tasks import datasets, math
-from tests import tokenizers_test
+from tests import conftest, tokenizers_test
 
 DATA = os.environ.get('MTP_RL_DATA', '')
 ROWS = [
@@ -157,6 +158,30 @@ def test_the_most_of_each_set(folder):
   task = tasks.make(_config(folder, held_out=1))
   assert [len(v) for v in task.held_out().values()] == [1]
   task.close()
+
+
+def test_a_run_on_math_in_chat_format(folder, tmp_path):
+  """Subwords, several EOS, workers and redraws, from prompt to checkpoint."""
+  words = tokenizers_test.write_folder(
+      tmp_path / 'words', generation_config={'eos_token_id': [258, 259]})
+  config = conftest.tiny_config(
+      mtp=dict(heads=0, regime='rl_only'), warmup=dict(steps=0),
+      rl=dict(steps=1, prompts=2, dynamic_sampling=1), eval=dict(samples=1),
+      rollout=dict(max_prompt=400, max_response=4),
+      task=dataclasses.asdict(_config(folder, tokenizer=words,
+                                      template='chat').task))
+  run = str(tmp_path / 'run')
+  assert trainer.train(config, run)['status'] == 'complete'
+  row = metrics.read(os.path.join(run, 'metrics.jsonl'))[1]
+  assert row['rollout/redraws'] == 1 and row['rollout/groups_uniform'] == 2
+  assert row['reward/mean'] == 0 and row['reward/crashes'] == 0
+  assert 'val/test/greedy' in row
+  sample = metrics.read(os.path.join(run, 'samples.jsonl'))[0]
+  assert sample['prompt'].startswith('<|start|>user\nSolve the following')
+  with open(os.path.join(run, 'data.json'), encoding='utf-8') as f:
+    assert json.load(f)['prompts'] == {'train': 3, 'test': 2}
+  saved = trainer.load_tokenizer(run)
+  assert saved.ends.eos == (258, 259) and saved.vocab_size == 260
 
 
 def _sums(**kw):

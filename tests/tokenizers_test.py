@@ -16,7 +16,7 @@ TEMPLATE = ("{% for m in messages %}<|start|>{{ m['role'] }}\n"
 ASK = [{'role': 'user', 'content': 'Hi {{ 1 }}'}]
 
 
-def _folder(path, inner=None, **files):
+def write_folder(path, inner=None, **files):
   """Write a byte-level tokenizer of 256 bytes, 'ab' and two specials."""
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers
   letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -36,7 +36,7 @@ def _folder(path, inner=None, **files):
 
 @pytest.fixture(scope='module', name='small')
 def _small(tmp_path_factory):
-  return tokenizers.load(_folder(
+  return tokenizers.load(write_folder(
       tmp_path_factory.mktemp('small'),
       generation_config={'eos_token_id': [258, 259]}))
 
@@ -107,10 +107,10 @@ def test_templates_of_their_own_file_and_by_name(tmp_path):
   both = {'eos_token': '<|end|>', 'pad_token': '<|stop|>', 'chat_template': [
       {'name': 'tool_use', 'template': 'no'},
       {'name': 'default', 'template': 'yes'}]}
-  path = _folder(tmp_path / 'a', tokenizer_config=both)
+  path = write_folder(tmp_path / 'a', tokenizer_config=both)
   assert tokenizers.load(path).chat(ASK) == 'yes'
   assert tokenizers.load(path).ends == (259, (258,))
-  path = _folder(tmp_path / 'b', tokenizer_config=both)
+  path = write_folder(tmp_path / 'b', tokenizer_config=both)
   (tmp_path / 'b' / 'chat_template.jinja').write_text('file')
   assert tokenizers.load(path + '/tokenizer.json').chat(ASK) == 'file'
 
@@ -121,7 +121,7 @@ def test_templates_of_their_own_file_and_by_name(tmp_path):
     (dict(generation_config={'eos_token_id': 999}), 'cannot end by')])
 def test_damaged_folders_are_named(files, said, tmp_path):
   with pytest.raises(config_lib.ConfigError, match=said):
-    tokenizers.load(_folder(tmp_path / 'x', **files))
+    tokenizers.load(write_folder(tmp_path / 'x', **files))
 
 
 def test_other_paths_are_named(tmp_path):
