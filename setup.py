@@ -5,8 +5,12 @@ import pathlib
 import setuptools
 
 GYM = ['reasoning-gym>=0.1.25']
+MATH = ['math-verify[antlr4_13_2]>=0.9.0']
+MODELS = ['tokenizers>=0.23', 'jinja2>=3.1.6', 'gguf>=0.19',
+          'safetensors>=0.8']
 TEST = ['pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.17', 'nbclient>=0.11',
-        'ipykernel>=7.4', *GYM]
+        'ipykernel>=7.4', *GYM, *MATH,
+        *MODELS]
 
 setuptools.setup(
     name='mtp_rl',
@@ -26,6 +30,7 @@ setuptools.setup(
         'gguf>=0.19',
         'orbax-checkpoint>=0.12.8',
         'tensorflow-datasets>=4.9.10',
+        'importlib_resources>=7.1',  # tensorflow-datasets forgets to ask
         'absl-py>=2.5.1',
         'ml_collections>=1.1.0',
         'numpy>=2.4',
@@ -35,6 +40,8 @@ setuptools.setup(
     ],
     extras_require={
         'gym': GYM,
+        'math': MATH,
+        'models': MODELS,
         'test': TEST,
         # tests against transformers; torch from its CPU index if wanted
         'hf': ['torch==2.13.0', 'transformers>=5.23'],

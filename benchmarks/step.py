@@ -110,11 +110,12 @@ def _sampler_rate(config, params, mesh):
   import jax
   import numpy as np
 
-  from mtp_rl import evaluate
+  from mtp_rl import evaluate, tokenizers
   out = {}
   abstract = jax.tree.map(lambda x: x, params)
   for prompts, group in ((1, 1), (2, 8), (16, 8)):
-    f = evaluate.make_generate(config, V, mesh, abstract, group)
+    f = evaluate.make_generate(config, V, mesh, abstract,
+                               tokenizers.CharTokenizer('').ends, group)
     tokens = np.full((prompts, R), 5, np.int32)
     seconds = []
     for i in range(8):

@@ -1,28 +1,36 @@
 """Score a checkpoint: greedy, avg@k, pass@k (unbiased), maj@k.
 
     python -m experiments.evaluate --workdir=DIR --k=16 [--step=50]
+    python -m experiments.evaluate --workdir=DIR --k=2 --set=task.evals=aime24 \
+        --set=rollout.max_response=256 --set=eval.batch=8
 
-Writes evaluation/<phase>_<step>_k<k>.json and one JSONL row a completion.
+Means over problems with 95 % bootstrap intervals. Writes one JSONL row a
+sample as it goes, and evaluation/<phase>_<step>_k<k>.json at the end (a suffix
+tells settings apart); the same command resumes after a kill.
 """
 
 from absl import flags
 
 from experiments import launch
 
-_K = flags.DEFINE_integer('k', 16, 'Samples a problem.', lower_bound=1)
+_K = flags.DEFINE_integer(
+    'k', None, 'Samples a problem; default: 32 for task math, else 16.',
+    lower_bound=1)
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default: the latest.')
 _PHASE = flags.DEFINE_enum('phase', 'rl', ['rl', 'warmup'], 'Whose checkpoint.')
+_SET = flags.DEFINE_multi_string(
+    'set', [], 'section.field=value of task, rollout, eval or mesh.')
 
 
 def main():
   """Evaluate, and print a table."""
-  from mtp_rl import trainer  # after the flags: a typo must not wait for it
-  values, path = trainer.score_checkpoint(
-      launch.WORKDIR.value, _PHASE.value, _STEP.value, _K.value)
-  for name, value in values.items():
-    if name.startswith('val/'):
-      print(f'{name[4:]:40s} {100 * value:6.2f} %')
-  print(f'see {path}')
+  from mtp_rl import scoring  # after the flags: a typo must not wait for it
+  values, path = scoring.score_checkpoint(
+      launch.WORKDIR.value, _PHASE.value, _STEP.value, _K.value, _SET.value)
+  for name, (mean, low, high) in values.items():
+    print(f'{name[4:]:40s} {100 * mean:6.2f} %  '
+          f'[{100 * low:.2f}, {100 * high:.2f}]')
+  print(f'{scoring.table(values)}\nsee {path}')
 
 
 if __name__ == '__main__':

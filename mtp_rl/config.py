@@ -96,6 +96,9 @@ class RL:
   minibatches: int = 4
   microbatches: int = 1  # > 1: recompute each one in the backward pass
   lr: float = 1e-3
+  dynamic_sampling: int = 0  # most redraws of a step for varied groups; 0: off
+  overlong_buffer: int = 0  # tokens before max_response that cost; 0: off
+  overlong_penalty: float = 1.  # of a completion cut off at max_response
   advantage: str = 'grpo'
   loss: str = 'ppo'
   clip_low: float = 0.2
@@ -149,7 +152,7 @@ class Rollout:
 class Task:
   """What is asked; each task reads its own fields."""
   name: str = 'arithmetic'
-  held_out: int = 256  # problems set apart for evaluation
+  held_out: int = 256  # problems to evaluate on (math: of each set, at most)
   min_terms: int = 4  # arithmetic, subset_sum
   max_terms: int = 6
   noisy_facts: int = 40  # of the 100 (running sum, digit) facts
@@ -157,11 +160,18 @@ class Task:
   degree: int = 2  # path_finding: arms of a star
   arm: int = 3  # path_finding: edges of an arm
   nodes: int = 12  # path_finding: characters that nodes are drawn from
-  largest: int = 4  # subset_sum: digits are 1 to this
+  largest: int = 4  # subset_sum: digits are 1 to this; sums: numbers 0 to this
   dataset: str = ''  # reasoning_gym
   options: str = '{}'  # reasoning_gym: JSON object of the data set's settings
   size: int = 4000  # reasoning_gym: questions drawn before the split
-  timeout_s: float = 5.  # reasoning_gym: clock of one batch of answers
+  timeout_s: float = 5.  # reasoning_gym, math: clock of one answer
+  tokenizer: str = ''  # math, sums: folder or GGUF file; '': characters
+  template: str = 'chat'  # math, sums: the tokenizer's own, or 'plain'
+  data_dir: str = ''  # math: folder of NAME.jsonl or NAME.parquet
+  cache_dir: str = ''  # math: of prepared sets; '': ~/.cache/mtp_rl
+  train: str = 'dapo_math_17k'  # math: sets, comma-separated
+  evals: str = 'aime24,aime25,amc23,math500,minerva_math,olympiadbench'
+  processes: int = 2  # math: verifiers at a time
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -169,6 +179,7 @@ class Eval:
   """Evaluation during training."""
   every: int = 25
   samples: int = 4  # k of avg@k, pass@k, maj@k
+  batch: int = 128  # prompts of one generation
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -10,8 +10,6 @@ import numpy as np
 from mtp_rl import sharding
 from mtp_rl.rollout import sampler
 
-BATCH = 128  # prompts of one generation
-
 
 def pass_at_k(correct, samples, k):
   """Return the unbiased estimate of pass@k, 1 - C(n-c, k) / C(n, k).
@@ -42,7 +40,8 @@ def majority(answers, rewards):
   return sum(value[a] for a in best) / len(best)
 
 
-def make_generate(config, vocab_size, mesh, abstract, group, greedy=False):
+def make_generate(config, vocab_size, mesh, abstract, ends, group,
+                  greedy=False):
   """Return the jitted (params, prompts, valid, key) -> Tokens, log-probs.
 
   Args:
@@ -50,6 +49,7 @@ def make_generate(config, vocab_size, mesh, abstract, group, greedy=False):
     vocab_size: V.
     mesh: the device mesh.
     abstract: parameters as ShapeDtypeStructs with shardings.
+    ends: `tokenizers.Ends`.
     group: samples a prompt.
     greedy: take the most likely token instead of sampling.
   """
@@ -57,74 +57,124 @@ def make_generate(config, vocab_size, mesh, abstract, group, greedy=False):
   rows = sharding.batch_sharding(mesh)
   return jax.jit(
       functools.partial(sampler.generate, config=config, vocab_size=vocab_size,
-                        group=group, greedy=greedy),
+                        ends=ends, group=group, greedy=greedy),
       in_shardings=(shardings, rows, rows, None), out_shardings=(rows, rows))
 
 
-def complete(generate, params, examples, key, task, config):
+def complete(generate, params, examples, size, key, task, config):
   """Return the completions (a list of G texts) of every example, in order.
 
-  Prompts go in batches of one shape; the last is filled up by repetition.
+  Args:
+    generate: from `make_generate`.
+    params: the model's parameters.
+    examples: at most `size`; filled up by repetition.
+    size: prompts of a generation, one shape for all batches of a set.
+    key: PRNG key.
+    task: see `tasks.Task`.
+    config: `config.Config`.
   """
-  size = min(BATCH, -(-len(examples) // 8) * 8)
+  some = [e.prompt for e in examples]
+  filled = some + some[:1] * (size - len(some))
+  prompts, valid = sampler.pad_prompts(filled, task.tokenizer,
+                                       config.rollout.max_prompt)
+  tokens, _ = generate(params, prompts, valid, key)
+  response = np.asarray(tokens.tokens)[:, config.rollout.max_prompt:]
+  group = response.shape[0] // size
+  texts = [task.tokenizer.decode(row) for row in response]
+  return [texts[i * group:(i + 1) * group] for i in range(len(some))]
+
+
+def _batch_size(examples, config):
+  """Return the prompts of a generation: a multiple of 8 and of the devices."""
+  size = min(config.eval.batch, -(-len(examples) // 8) * 8)
   devices = sharding.batch_devices(config.mesh)
-  size = -(-size // devices) * devices
-  out = []
-  for start in range(0, len(examples), size):
-    some = [e.prompt for e in examples[start:start + size]]
-    filled = some + some[:1] * (size - len(some))
-    prompts, valid = sampler.pad_prompts(filled, task.tokenizer,
-                                         config.rollout.max_prompt)
-    tokens, _ = generate(params, prompts, valid, jax.random.fold_in(key, start))
-    response = np.asarray(tokens.tokens)[:, config.rollout.max_prompt:]
-    group = response.shape[0] // size
-    texts = [task.tokenizer.decode(row) for row in response]
-    out += [texts[i * group:(i + 1) * group] for i in range(len(some))]
-  return out
+  return -(-size // devices) * devices
 
 
-def evaluate(params, task, generate_greedy, generate, config, key, rows=None):
-  """Score every held-out set.
+def _score(name, mode, start, examples, texts, task):
+  """Return one dict a completion, rewarded."""
+  flat = task.rewards([e for e, group in zip(examples, texts) for _ in group],
+                      [t for group in texts for t in group])
+  rewards = iter(flat)
+  return [{'set': name, 'mode': mode, 'problem': start + i, 'sample': j,
+           'prompt': e.prompt, 'answer': e.answer, 'completion': t,
+           'extracted': task.extract(t), 'reward': float(next(rewards))}
+          for i, (e, group) in enumerate(zip(examples, texts))
+          for j, t in enumerate(group)]
+
+
+def measure(params, task, generate_greedy, generate, config, key, log=None):
+  """Score every held-out set, problem by problem.
 
   Args:
     params: the model's parameters.
     task: see `tasks.Task`.
     generate_greedy: from `make_generate`, one greedy completion.
-    generate: from `make_generate`, k samples a prompt; None: greedy only.
+    generate: from `make_generate`, eval.samples a prompt; None: greedy only.
     config: `config.Config`.
     key: PRNG key of the samples.
-    rows: list that receives one dict a completion, or None.
+    log: None, or what keeps a row a completion: `get(set, mode, problems, k)`
+      returns the rows of some problems or None, `add(rows)` keeps them.
 
   Returns:
     dict of 'val/<set>/{greedy,avg@k,pass@k,maj@k}' (pass@k also for the powers
-    of two below k).
+    of two below k), float arrays [problems].
   """
-  metrics = {}
+  out = {}
   for name, examples in task.held_out().items():
-    passes = [('greedy', generate_greedy)]
+    passes = [('greedy', generate_greedy, 1)]
     if generate is not None:
-      passes.append(('sample', generate))
-    for mode, function in passes:
-      texts = complete(function, params, examples, key, task, config)
-      k = len(texts[0])
-      flat = task.rewards([e for e in examples for _ in range(k)],
-                          [t for group in texts for t in group])
-      rewards = np.asarray(flat).reshape(len(examples), k)
-      if rows is not None:
-        rows += [{'set': name, 'mode': mode, 'prompt': e.prompt,
-                  'answer': e.answer, 'completion': t, 'reward': float(r)}
-                 for e, group, some in zip(examples, texts, rewards)
-                 for t, r in zip(group, some)]
-      if mode == 'greedy':
-        metrics[f'val/{name}/greedy'] = float(rewards.mean())
-        continue
-      metrics[f'val/{name}/avg@{k}'] = float(rewards.mean())
-      right = (rewards >= 1).sum(1).tolist()
-      for j in sorted({2 ** i for i in range(k.bit_length())} | {k}):
-        if j <= k:
-          metrics[f'val/{name}/pass@{j}'] = float(np.mean(
-              [pass_at_k(c, k, j) for c in right]))
-      answers = [[task.extract(t) for t in group] for group in texts]
-      metrics[f'val/{name}/maj@{k}'] = float(np.mean(
-          [majority(a, r) for a, r in zip(answers, rewards.tolist())]))
-  return metrics
+      passes.append(('sample', generate, config.eval.samples))
+    size = _batch_size(examples, config)
+    for mode, function, k in passes:
+      rows = []
+      for start in range(0, len(examples), size):
+        some = examples[start:start + size]
+        seen = log and log.get(name, mode, range(start, start + len(some)), k)
+        if not seen:
+          texts = complete(function, params, some, size,
+                           jax.random.fold_in(key, start), task, config)
+          seen = _score(name, mode, start, some, texts, task)
+          if log:
+            log.add(seen)
+        rows += seen
+      out |= summarise(name, mode, rows, len(rows) // len(examples))
+  return out
+
+
+def summarise(name, mode, rows, k):
+  """Return the scores of a set's problems, arrays [N], from N * k rows."""
+  rewards = np.asarray([r['reward'] for r in rows]).reshape(-1, k)
+  if mode == 'greedy':
+    return {f'val/{name}/greedy': rewards[:, 0]}
+  out = {f'val/{name}/avg@{k}': rewards.mean(1)}
+  right = (rewards >= 1).sum(1).tolist()
+  for j in sorted({2 ** i for i in range(k.bit_length())} | {k}):
+    if j <= k:
+      out[f'val/{name}/pass@{j}'] = np.asarray(
+          [pass_at_k(c, k, j) for c in right])
+  answers = [[r['extracted'] for r in rows[i:i + k]]
+             for i in range(0, len(rows), k)]
+  out[f'val/{name}/maj@{k}'] = np.asarray(
+      [majority(a, r) for a, r in zip(answers, rewards.tolist())])
+  return out
+
+
+def interval(scores, seed=0, draws=2000, level=.95):
+  """Return the bootstrap interval (low, high) of a mean over problems.
+
+  Percentiles of the means of `draws` resamples of the problems (Efron 1979);
+  the samples of a problem stay together.
+
+  Args:
+    scores: float [N].
+    seed: int; the interval is a function of its arguments.
+    draws: resamples.
+    level: of confidence.
+  """
+  scores = np.asarray(scores, np.float64)
+  rng = np.random.default_rng(seed)
+  means = [scores[rng.integers(0, len(scores), len(scores))].mean()
+           for _ in range(draws)]
+  low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+  return float(low), float(high)

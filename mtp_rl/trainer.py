@@ -90,7 +90,9 @@ def setup(config, workdir):
   warmup.check(run)
   metrics.write_json(path, config_lib.to_dict(config))
   metrics.write_json(os.path.join(workdir, 'tokenizer.json'),
-                     {'characters': task.tokenizer.characters})
+                     task.tokenizer.to_dict())
+  if hasattr(task, 'report'):
+    metrics.write_json(os.path.join(workdir, 'data.json'), task.report)
   return run
 
 
@@ -110,7 +112,7 @@ def load_tokenizer(workdir):
   path = os.path.join(workdir, 'tokenizer.json')
   try:
     with open(path, encoding='utf-8') as f:
-      return tokenizers.CharTokenizer(json.load(f)['characters'])
+      return tokenizers.from_dict(json.load(f))
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise config_lib.ConfigError(
         f'{path} cannot be read ({e}); name the workdir of a run') from e
@@ -135,23 +137,21 @@ class Functions(NamedTuple):
     steps: `train_step.Steps`.
     collect: (params, reference, step) -> RolloutBatch, metrics, rows.
     evaluate: params -> metrics.
+    measure: params, log -> scores of the problems, see `evaluate.measure`.
   """
   steps: train_step.Steps
   collect: Any
   evaluate: Any
+  measure: Any
 
 
-def prepare(run, completions=None):
-  """Return the `Functions` of a run (compiled when first called).
-
-  Args:
-    run: `Run`.
-    completions: list that receives one dict an evaluated completion, or None.
-  """
+def prepare(run):
+  """Return the `Functions` of a run (compiled when first called)."""
   config, task = run.config, run.task
   steps = train_step.make(config, run.vocab_size, run.mesh)
   make = functools.partial(evaluate.make_generate, config, run.vocab_size,
-                           run.mesh, steps.abstract.params)
+                           run.mesh, steps.abstract.params,
+                           task.tokenizer.ends)
   sample, greedy, several = (make(config.rl.group), make(1, greedy=True),
                              make(config.eval.samples))
 
@@ -160,13 +160,16 @@ def prepare(run, completions=None):
         params, reference, step, task=task, config=config, generate=sample,
         score=steps.score, key=jax.random.fold_in(run.key, 3))
 
+  measure = lambda params, log=None: evaluate.measure(
+      params, task, greedy, several, config, jax.random.fold_in(run.key, 2),
+      log)
+
   def held_out(params):
     start = time.perf_counter()
-    values = evaluate.evaluate(params, task, greedy, several, config,
-                               jax.random.fold_in(run.key, 2), completions)
+    values = {k: float(v.mean()) for k, v in measure(params).items()}
     return values | {'timing_s/eval': time.perf_counter() - start}
 
-  return Functions(steps, collect, held_out)
+  return Functions(steps, collect, held_out, measure)
 
 
 def rl(run, warm_params, stopped):
@@ -308,38 +311,3 @@ def checkpoints(run, phase):
     raise config_lib.ConfigError(f'{where} does not exist: this run has no '
                                  f'{phase} checkpoint yet')
   return where
-
-
-def score_checkpoint(workdir, phase, step, samples):
-  """Evaluate a checkpoint of a workdir on the held-out sets of its config.
-
-  Args:
-    workdir: of a run.
-    phase: 'rl' or 'warmup'.
-    step: int, or None for the latest.
-    samples: k of avg@k, pass@k and maj@k.
-
-  Returns:
-    the metrics, and the path of the JSON file they were written to.
-
-  Raises:
-    config.ConfigError: there is no such checkpoint, or it is damaged.
-  """
-  config = config_lib.load(os.path.join(workdir, 'config.json'))
-  config.eval.samples = samples
-  run = reopen(config, workdir)
-  where = checkpoints(run, phase)
-  rows = []
-  with jax.set_mesh(run.mesh), contextlib.closing(run.task):
-    saved = checkpoint.Checkpoints(where, config.run.keep)
-    functions = prepare(run, rows)
-    with contextlib.closing(saved):
-      step = saved.latest() if step is None else step
-      params = saved.restore(functions.steps.abstract, step, params_only=True)
-    values = functions.evaluate(params)
-  os.makedirs(run.path('evaluation'), exist_ok=True)
-  path = run.path('evaluation', f'{phase}_{step}_k{samples}.json')
-  metrics.write_json(path, {'step': step, **metrics.plain(values)})
-  with open(path + 'l', 'w', encoding='utf-8') as f:
-    f.writelines(json.dumps(r) + '\n' for r in rows)
-  return values, path

@@ -13,10 +13,13 @@ A token-indexed array of shape [B, S] holds at column s the value that belongs
 to response token y_s, whichever head and position predicted it.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
+from __future__ import annotations
 
-import jax
+import dataclasses
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # verifier processes start without jax
+  import jax
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,9 @@ CHOICES = {
     'warmup.data': ('solutions', 'samples'),
     'optim.clip_mode': ('separate', 'joint'),
     'optim.schedule': ('constant', 'cosine', 'linear'),
-    'task.name': ('arithmetic', 'path_finding', 'reasoning_gym', 'subset_sum'),
+    'task.name': ('arithmetic', 'math', 'path_finding', 'reasoning_gym',
+                  'subset_sum', 'sums'),
+    'task.template': ('chat', 'plain'),
 }
 
 
@@ -163,6 +165,13 @@ def _validate_batch(config):
   _need(r.advantage != 'rloo' or r.group > 1,
         'rl.advantage=rloo leaves one sample out of its group, but '
         'rl.group=1; set rl.group >= 2')
+  _need(r.group > 1 or not r.dynamic_sampling,
+        f'rl.dynamic_sampling={r.dynamic_sampling} looks for groups whose '
+        'rewards differ, but rl.group=1; set rl.group >= 2 or '
+        'rl.dynamic_sampling=0')
+  _need(r.overlong_buffer <= config.rollout.max_response,
+        f'rl.overlong_buffer={r.overlong_buffer} exceeds rollout.max_response='
+        f'{config.rollout.max_response}; both are tokens')
   _need(r.loss == 'ppo' or not r.dual_clip,
         f'rl.loss={r.loss} has no dual clip, but rl.dual_clip={r.dual_clip}; '
         'set rl.dual_clip=0')
@@ -185,16 +194,18 @@ def validate(config):
       'rl': ('prompts', 'group', 'minibatches', 'microbatches', 'lr'),
       'warmup': ('batch', 'lr', 'pool', 'pool_steps'),
       'rollout': ('max_prompt', 'max_response'),
-      'occ': ('probe_every', 'pieces'), 'eval': ('every', 'samples'),
+      'occ': ('probe_every', 'pieces'), 'eval': ('every', 'samples', 'batch'),
       'mesh': ('data', 'fsdp', 'model', 'expert'),
-      'run': ('checkpoint_every', 'keep'), 'task': ('held_out', 'timeout_s'),
+      'run': ('checkpoint_every', 'keep'),
+      'task': ('held_out', 'timeout_s', 'processes', 'largest'),
   }
   natural = {
       'model': ('head_dim', 'head_chunk', 'vocab_size', 'experts',
                 'shared_experts', 'dense_layers'),
       'mtp': ('heads', 'coef', 'head_coef'), 'occ': ('guard',),
       'rl': ('steps', 'clip_low', 'clip_high', 'dual_clip', 'kl_coef',
-             'tis_cap'),
+             'tis_cap', 'dynamic_sampling', 'overlong_buffer',
+             'overlong_penalty'),
       'optim': ('weight_decay', 'clip', 'warmup'),
       'warmup': ('steps', 'mtp_coef'), 'rollout': ('temperature', 'top_k'),
       'task': ('noisy_facts', 'noise'),

@@ -76,7 +76,8 @@ class Samples:
     """
     self._run, self._number, self._pool = run, None, None
     self._generate = evaluate.make_generate(
-        run.config, run.vocab_size, run.mesh, abstract, run.config.rl.group)
+        run.config, run.vocab_size, run.mesh, abstract,
+        run.task.tokenizer.ends, run.config.rl.group)
 
   def _rollout(self, params, index):
     run, config = self._run, self._run.config

@@ -41,3 +41,19 @@ def test_a_group_of_one_has_its_reward_as_advantage(kind):
 def test_a_group_of_one_has_no_leave_one_out_mean():
   with pytest.raises(ValueError, match='rl.group'):
     advantages.group_advantages([1, 0], 1, 'rloo')
+
+
+def test_overlong_answers_lose_by_the_token():
+  # L_max 20, buffer 8: free up to 12, then 1/8 of the penalty a token.
+  got = advantages.overlong_penalty([0, 12, 13, 16, 20], 20, 8, 2.)
+  np.testing.assert_allclose(got, [0, 0, -.25, -1, -2])
+  assert not advantages.overlong_penalty([20], 20, 0, 1.).any()
+
+
+def test_varied_groups_come_first_in_drawn_order():
+  rewards = [1, 1, 0, 1, .5, .5, 0, 0, 1, 0]
+  varied = advantages.varied_groups(rewards, 2)
+  np.testing.assert_array_equal(varied, [0, 1, 0, 0, 1])
+  choose = lambda n: advantages.choose_groups(varied, n).tolist()
+  assert choose(1) == [1] and choose(2) == [1, 4]
+  assert choose(3) == [1, 4, 0] and choose(5) == [1, 4, 0, 2, 3]

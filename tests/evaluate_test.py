@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -31,12 +32,12 @@ def test_majority(answers, rewards, expected):
   assert evaluate.majority(answers, rewards) == expected
 
 
-def test_every_problem_is_scored_once_whatever_the_batch(monkeypatch):
-  config = conftest.tiny_config(task=dict(held_out=11))
+def test_every_problem_is_scored_once_whatever_the_batch():
+  config = conftest.tiny_config(task=dict(held_out=11),
+                                eval=dict(batch=4, samples=3))
   task = tasks.make(config)
   examples = task.held_out()['arithmetic']
   assert len(examples) == 11
-  monkeypatch.setattr(evaluate, 'BATCH', 4)
   batches = []
 
   def oracle(group, wrong):
@@ -54,13 +55,45 @@ def test_every_problem_is_scored_once_whatever_the_batch(monkeypatch):
       return tasks.types.Tokens(tokens, tokens > 0), None
     return generate
 
-  import jax
-  rows = []
-  got = evaluate.evaluate(None, task, oracle(1, 3), oracle(3, 1), config,
-                          jax.random.key(0), rows)
+  log = _Log()
+  measure = lambda several: {
+      k: v.mean() for k, v in evaluate.measure(
+          None, task, oracle(1, 3), several, config, jax.random.key(0),
+          log).items()}
+  got = measure(oracle(3, 1))
   np.testing.assert_allclose(got['val/arithmetic/greedy'], 8 / 11)
   for name in ('avg@3', 'pass@1', 'pass@2', 'pass@3', 'maj@3'):
     np.testing.assert_allclose(got[f'val/arithmetic/{name}'], 10 / 11)
   assert set(batches) == {4} and len(batches) == 6
-  assert len(rows) == 11 + 33
-  assert [r['prompt'] for r in rows[:11]] == [e.prompt for e in examples]
+  assert len(log.rows) == 11 + 33
+  assert [r['prompt'] for r in log.rows[:11]] == [e.prompt for e in examples]
+  # What the log knows is not sampled again: here all but the last batch.
+  log.rows = log.rows[:-9]
+  assert measure(oracle(3, 1)) == got and len(batches) == 7
+
+
+class _Log:
+  """Rows in memory, as `evaluate.measure` keeps them."""
+
+  def __init__(self):
+    self.rows = []
+
+  def get(self, name, mode, problems, k):
+    """Return the rows of some problems, or None."""
+    found = [r for r in self.rows if r['set'] == name and r['mode'] == mode
+             and r['problem'] in problems]
+    return found if len(found) == k * len(problems) else None
+
+  def add(self, rows):
+    """Keep rows."""
+    self.rows += rows
+
+
+def test_the_bootstrap_interval_of_a_mean():
+  # 100 problems, half solved: the mean's deviation is .05, so .5 -+ .098.
+  low, high = evaluate.interval([0, 1] * 50)
+  assert abs(low - .402) < .015 and abs(high - .598) < .015
+  assert evaluate.interval([0, 1] * 50) == (low, high)
+  uneven = np.arange(50) ** .5
+  assert evaluate.interval(uneven, 1) != evaluate.interval(uneven, 2)
+  assert evaluate.interval([.25] * 9) == (.25, .25)

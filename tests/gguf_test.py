@@ -173,7 +173,8 @@ def test_smollm2_decodes_the_same_with_and_without_cache(smollm):
   config.model = m
   cached, _ = jax.jit(lambda p: sampler.generate(
       p, tokens[:, :r], valid[:, :r], jax.random.key(0), config=config,
-      vocab_size=m.vocab_size, greedy=True))(params)
+      vocab_size=m.vocab_size, greedy=True, ends=tokenizers.Ends(2, (2,))))(
+          params)
 
   @jax.jit
   def following(params, tokens, valid, column):

@@ -16,8 +16,10 @@ FLOORS = (
     ('models.mtp', 'models.pretrained'),
     ('objectives.logprobs', 'objectives.advantages', 'objectives.policy',
      'tasks.workers', 'tasks.generated'),
+    ('tasks.verifiers', 'tasks.datasets'),
+    ('tasks.math',),
     ('objectives.mtp', 'tasks.arithmetic', 'tasks.path_finding',
-     'tasks.reasoning_gym', 'tasks.subset_sum'),
+     'tasks.reasoning_gym', 'tasks.subset_sum', 'tasks.sums'),
     ('tasks',),
     ('occ', 'optim', 'rollout.sampler', 'forward'),
     ('estimators',),
@@ -26,7 +28,7 @@ FLOORS = (
      'plots', 'compare.grid', 'compare.figures', 'compare.jobs'),
     ('warmup',),
     ('trainer', 'compare.report', 'diagnose.measure'),
-    ('compare.study', 'diagnose.summary', 'diagnose.figures'),
+    ('compare.study', 'scoring', 'diagnose.summary', 'diagnose.figures'),
     ('diagnose.study',),
 )
 LEVEL = {name: i for i, floor in enumerate(FLOORS) for name in floor}

@@ -31,8 +31,9 @@ def _params():
 def _run(config, group=1, greedy=False, seed=0):
   prompts, valid = sampler.pad_prompts(PROMPTS, TOKENIZER, 6)
   tokens, logprobs = jax.jit(functools.partial(
-      sampler.generate, config=config, vocab_size=V, group=group,
-      greedy=greedy))(_params(), prompts, valid, jax.random.key(seed))
+      sampler.generate, config=config, vocab_size=V, ends=TOKENIZER.ends,
+      group=group, greedy=greedy))(_params(), prompts, valid,
+                                   jax.random.key(seed))
   return jax.device_get((tokens, logprobs))
 
 
@@ -96,7 +97,7 @@ def test_the_loop_stops_when_all_rows_are_done(tiny, monkeypatch):
   monkeypatch.setattr(jax.random, 'categorical', eos)
   prompts, valid = sampler.pad_prompts(PROMPTS, TOKENIZER, 6)
   tokens, _ = jax.jit(functools.partial(
-      sampler.generate, config=config, vocab_size=V))(
+      sampler.generate, config=config, vocab_size=V, ends=TOKENIZER.ends))(
           _params(), prompts, valid, jax.random.key(0))
   jax.block_until_ready(tokens)
   jax.effects_barrier()

@@ -124,21 +124,52 @@ def hostile_scorer():
   return score
 
 
-def test_a_worker_survives_hangs_crashes_and_errors():
-  worker = workers.Worker(hostile_scorer, (), timeout_s=1.)
+def test_a_pool_survives_hangs_crashes_and_errors():
+  pool = workers.Pool(hostile_scorer, (), timeout_s=1., workers=2)
+  score = lambda *texts: pool.score_all([t] for t in texts)
   try:
-    worker.start()
+    pool.start()
     start = time.monotonic()
-    got = [worker.score(x) for x in ('1', 'raise', '0.5')]
-    assert got == [1., 0., .5]
-    assert worker.score('hang') == 0. and time.monotonic() - start < 10
-    assert worker.score('1') == 1.
-    os.kill(worker._process.pid, signal.SIGINT)  # Ctrl-C reaches the group
-    assert worker.score('1') == 1.
-    assert worker.score('die') == 0. and worker.score('1') == 1.
-    assert worker.counts == {'errors': 1, 'timeouts': 1, 'crashes': 1}
+    got = score('1', 'raise', '0.5', 'hang', 'die', '.25', '1', 'hang', '1')
+    assert got == [1., 0., .5, 0., 0., .25, 1., 0., 1.]
+    assert time.monotonic() - start < 10
+    assert pool.counts == {'errors': 1, 'timeouts': 2, 'crashes': 1}
+    assert score('1') == [1.] and score() == []
+    for worker in pool._workers:  # Ctrl-C reaches the whole process group
+      os.kill(worker.process.pid, signal.SIGINT)
+    assert score(*['1'] * 20) == [1.] * 20
+    for worker in pool._workers:
+      worker.process.kill()
+      worker.process.join()
+    assert score('1', '1', '.5') == [1., 1., .5]
+    assert pool.counts['crashes'] == 1  # no answer was lost by these two
   finally:
-    worker.close()
+    pool.close()
+
+
+def greedy_scorer():
+  """Return a scorer that takes the asked MiB of memory."""
+  return lambda size: float(len(bytearray(int(size) * 2 ** 20)) > 0)
+
+
+def test_a_worker_that_takes_too_much_memory_is_replaced():
+  pool = workers.Pool(greedy_scorer, (), timeout_s=20., memory_mb=256)
+  try:
+    assert pool.score_all([['8'], ['2048'], ['8']]) == [1., 0., 1.]
+    assert pool.counts == {'errors': 0, 'timeouts': 0, 'crashes': 1}
+  finally:
+    pool.close()
+
+
+def broken_scorer():
+  """Raise, as where a package is missing."""
+  raise ImportError('no such package')
+
+
+def test_a_scorer_that_cannot_be_built_ends_the_run(monkeypatch):
+  monkeypatch.setattr(workers, '_STARTS', 2)
+  with pytest.raises(RuntimeError, match='does not start'):
+    workers.Pool(broken_scorer, (), timeout_s=1.).score_all([['1']])
 
 
 def test_unknown_task_is_named():

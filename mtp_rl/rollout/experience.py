@@ -1,6 +1,7 @@
 """From prompts to a RolloutBatch: sample, reward, score, advantages."""
 
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -10,6 +11,78 @@ from mtp_rl.models import moe
 from mtp_rl.objectives import advantages as advantages_lib
 from mtp_rl.objectives import logprobs
 from mtp_rl.rollout import sampler
+
+_REDRAW = 2 ** 32  # prompts of redraw r are those of step + r * _REDRAW
+
+
+class _Drawn(NamedTuple):
+  """Groups of one or more draws; rows are completions.
+
+  Attributes:
+    tokens: int32 [B, T].
+    valid: bool [B, T].
+    sampled: float32 [B, S], log-probs as the sampler computed them.
+    rewards: float32 [B], raw.
+    rows: int32 [B], position in `examples` and `texts`.
+  """
+  tokens: np.ndarray
+  valid: np.ndarray
+  sampled: np.ndarray
+  rewards: np.ndarray
+  rows: np.ndarray
+
+
+def _draw(params, step, redraw, *, task, config, generate, key, examples, texts,
+          costs):
+  """Return one draw of P groups; appends its examples, texts and costs."""
+  start = time.perf_counter()
+  g = config.rl.group
+  some = task.prompts(step + redraw * _REDRAW, config.rl.prompts)
+  prompts, prompt_valid = sampler.pad_prompts(
+      [e.prompt for e in some], task.tokenizer, config.rollout.max_prompt)
+  key = jax.random.fold_in(key, step)
+  if redraw:
+    key = jax.random.fold_in(key, redraw)
+  tokens, sampled = jax.device_get(
+      generate(params, prompts, prompt_valid, key))
+  generated = time.perf_counter()
+  new = [task.tokenizer.decode(row)
+         for row in tokens.tokens[:, -config.rollout.max_response:]]
+  repeated = [e for e in some for _ in range(g)]
+  rewards = np.asarray(task.rewards(repeated, new), np.float32)
+  costs.append((generated - start, time.perf_counter() - generated,
+                tokens.valid[:, -config.rollout.max_response:].sum()))
+  rows = np.arange(len(new), dtype=np.int32) + len(texts)
+  examples += repeated
+  texts += new
+  return _Drawn(tokens.tokens, tokens.valid, sampled, rewards, rows)
+
+
+def _draw_batch(draw, config):
+  """Return P groups, redrawn for varied ones, and metrics of the drawing.
+
+  DAPO's dynamic sampling (Yu et al. 2025): prompts are drawn again, at most
+  rl.dynamic_sampling times, until P groups have raw rewards that differ; where
+  they do not suffice, uniform groups fill the batch and are counted.
+  """
+  g, wanted, most = (config.rl.group, config.rl.prompts,
+                     config.rl.dynamic_sampling)
+  drawn = draw(0)
+  if not most:
+    return drawn, {}
+  redraws = 0
+  varied = advantages_lib.varied_groups(drawn.rewards, g)
+  while varied.sum() < wanted and redraws < most:
+    redraws += 1
+    drawn = _Drawn(*map(np.concatenate, zip(drawn, draw(redraws))))
+    varied = advantages_lib.varied_groups(drawn.rewards, g)
+  chosen = advantages_lib.choose_groups(varied, wanted)
+  rows = (chosen[:, None] * g + np.arange(g)).reshape(-1)
+  return _Drawn(*(x[rows] for x in drawn)), {
+      'rollout/redraws': redraws,
+      'rollout/groups_dropped': len(varied) - wanted,
+      'rollout/groups_uniform': (~varied[chosen]).sum(),
+      'reward/drawn_mean': drawn.rewards.mean()}
 
 
 def collect(params, reference_params, step, *, task, config, generate, score,
@@ -30,49 +103,49 @@ def collect(params, reference_params, step, *, task, config, generate, score,
     `types.RolloutBatch` of NumPy arrays, a dict of metrics, and a list of
     dicts (prompt, completion, answer, reward), one a completion.
   """
-  start = time.perf_counter()
   g, s = config.rl.group, config.rollout.max_response
-  examples = task.prompts(step, config.rl.prompts)
-  prompts, prompt_valid = sampler.pad_prompts(
-      [e.prompt for e in examples], task.tokenizer, config.rollout.max_prompt)
-  tokens, sampled = generate(params, prompts, prompt_valid,
-                             jax.random.fold_in(key, step))
-  tokens = jax.tree.map(np.asarray, tokens)
-  sampled = np.asarray(sampled)
-  generated = time.perf_counter()
-
-  texts = [task.tokenizer.decode(row) for row in tokens.tokens[:, -s:]]
-  repeated = [e for e in examples for _ in range(g)]
+  examples, texts, costs = [], [], []
   failed = task.counts()
-  rewards = np.asarray(task.rewards(repeated, texts), np.float32)
+  drawn, metrics = _draw_batch(
+      lambda redraw: _draw(
+          params, step, redraw, task=task, config=config, generate=generate,
+          key=key, examples=examples, texts=texts, costs=costs), config)
   # Of this step alone: a resumed run counts as an uninterrupted one does.
   failed = {f'reward/{name}': n - failed[name]
             for name, n in task.counts().items()}
-  rewarded = time.perf_counter()
+  start = time.perf_counter()
 
+  tokens = types.Tokens(drawn.tokens, drawn.valid)
   old = jax.tree.map(np.asarray, score(params, *tokens))
   reference = old.main
   if reference_params is not None:
     reference = np.asarray(score(reference_params, *tokens).main)
   mask = tokens.valid[:, -s:]
+  # Accuracy is of the raw rewards; what is learned from is shaped.
+  shaping = advantages_lib.overlong_penalty(
+      mask.sum(1), s, config.rl.overlong_buffer, config.rl.overlong_penalty)
+  if config.rl.overlong_buffer:
+    metrics['reward/overlong_mean'] = shaping.mean()
   advantages = np.asarray(advantages_lib.group_advantages(
-      rewards, g, config.rl.advantage))
+      drawn.rewards + shaping, g, config.rl.advantage))
   batch = types.RolloutBatch(
       tokens.tokens, tokens.valid, mask,
       np.broadcast_to(advantages[:, None], mask.shape).astype(np.float32),
-      old.main, old.heads, sampled, reference)
-  metrics = {
-      'timing_s/rollout': generated - start,
-      'timing_s/reward': rewarded - generated,
-      'timing_s/score': time.perf_counter() - rewarded,
-      'rollout/tokens_per_s': mask.sum() / (generated - start),
-      **failed, **describe(batch, old, rewards, g)}
-  rows = [{'prompt': e.prompt, 'completion': t, 'answer': e.answer,
-           'reward': float(r)} for e, t, r in zip(repeated, texts, rewards)]
+      old.main, old.heads, drawn.sampled, reference)
+  generating, rewarding, made = np.sum(costs, 0)
+  metrics |= {
+      'timing_s/rollout': generating,
+      'timing_s/reward': rewarding,
+      'timing_s/score': time.perf_counter() - start,
+      'rollout/tokens_per_s': made / generating, **failed,
+      **describe(batch, old, drawn.rewards, g, task.tokenizer.ends)}
+  rows = [{'prompt': examples[i].prompt, 'completion': texts[i],
+           'answer': examples[i].answer, 'reward': float(r)}
+          for i, r in zip(drawn.rows, drawn.rewards)]
   return batch, metrics, rows
 
 
-def describe(batch, old, rewards, group):
+def describe(batch, old, rewards, group, ends):
   """Return the metrics of a rollout.
 
   Args:
@@ -80,19 +153,20 @@ def describe(batch, old, rewards, group):
     old: `logprobs.LogProbs` with entropy and acceptance.
     rewards: float [B].
     group: G.
+    ends: `tokenizers.Ends`.
   """
   mask, length = batch.mask, batch.mask.sum(1)
   full = mask.all(1)
-  spread = rewards.reshape(-1, group).std(1)
   tokens = max(mask.sum(), 1)
   out = {
       'reward/mean': rewards.mean(), 'reward/std': rewards.std(),
-      'reward/varied_groups': (spread > 0).mean(),
+      'reward/varied_groups': advantages_lib.varied_groups(
+          rewards, group).mean(),
       'response_length/mean': length.mean(),
       'response_length/max': length.max(),
       # The last column is an EOS, or the completion was cut off.
       'response_length/clip_ratio': (
-          full & (batch.tokens[:, -1] != sampler.tokenizers.EOS)).mean(),
+          full & ~np.isin(batch.tokens[:, -1], ends.eos)).mean(),
       'actor/entropy': (old.entropy * mask).sum() / tokens,
       'rollout/logprob_gap_max': np.abs(
           (old.main - batch.sampler) * mask).max()}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_rl import config as config_lib
-from mtp_rl import tokenizers, types
+from mtp_rl import types
 from mtp_rl.models import mtp, transformer
 
 
@@ -62,8 +62,8 @@ def restrict(logits, top_k, top_p):
   return logits
 
 
-def generate(params, prompts, prompt_valid, key, *, config, vocab_size, group=1,
-             greedy=False):
+def generate(params, prompts, prompt_valid, key, *, config, vocab_size, ends,
+             group=1, greedy=False):
   """Sample `group` completions of every prompt.
 
   Args:
@@ -73,6 +73,7 @@ def generate(params, prompts, prompt_valid, key, *, config, vocab_size, group=1,
     key: PRNG key.
     config: `config.Config` (static).
     vocab_size: V.
+    ends: `tokenizers.Ends` (static).
     group: G, samples a prompt.
     greedy: take the most likely token instead of sampling.
 
@@ -103,7 +104,7 @@ def generate(params, prompts, prompt_valid, key, *, config, vocab_size, group=1,
   state = SamplingState(
       step=jnp.int32(0),
       tokens=jnp.pad(spread(prompts), ((0, 0), (0, s)),
-                     constant_values=tokenizers.PAD),
+                     constant_values=ends.pad),
       valid=jnp.pad(spread(prompt_valid), ((0, 0), (0, s))),
       logprobs=jnp.zeros((rows, s), jnp.float32), logits=spread(logits),
       done=jnp.zeros((rows,), bool), key=key,
@@ -122,7 +123,7 @@ def generate(params, prompts, prompt_valid, key, *, config, vocab_size, group=1,
           restrict(logp, config.rollout.top_k, config.rollout.top_p))
     chosen = jnp.take_along_axis(logp, token[:, None], 1)[:, 0]
     alive, column = ~state.done, r + state.step
-    token = jnp.where(alive, token, tokenizers.PAD).astype(jnp.int32)
+    token = jnp.where(alive, token, ends.pad).astype(jnp.int32)
     put = lambda x, y, at: jax.lax.dynamic_update_slice(
         x, y[:, None].astype(x.dtype), (0, at))
     tokens = put(state.tokens, token, column)
@@ -134,7 +135,7 @@ def generate(params, prompts, prompt_valid, key, *, config, vocab_size, group=1,
     return SamplingState(
         state.step + 1, tokens, valid,
         put(state.logprobs, jnp.where(alive, chosen, 0.), state.step), logits,
-        state.done | (token == tokenizers.EOS), cache, state.key)
+        state.done | jnp.isin(token, jnp.asarray(ends.eos)), cache, state.key)
 
   state = jax.lax.while_loop(unfinished, extend, state)
   return types.Tokens(state.tokens, state.valid), state.logprobs
@@ -145,13 +146,13 @@ def pad_prompts(prompts, tokenizer, length):
 
   Args:
     prompts: P texts.
-    tokenizer: `tokenizers.CharTokenizer`.
+    tokenizer: see `tokenizers`.
     length: R, rollout.max_prompt.
 
   Raises:
     config.ConfigError: a prompt is empty or longer than R tokens.
   """
-  tokens = np.full((len(prompts), length), tokenizers.PAD, np.int32)
+  tokens = np.full((len(prompts), length), tokenizer.ends.pad, np.int32)
   valid = np.zeros((len(prompts), length), bool)
   for row, text in enumerate(prompts):
     ids = tokenizer.encode(text)
@@ -179,10 +180,11 @@ def pad_supervised(examples, tokenizer, prompt_length, response_length):
   """
   tokens, valid = pad_prompts([e.prompt for e in examples], tokenizer,
                               prompt_length)
-  more = np.full((len(examples), response_length), tokenizers.PAD, np.int32)
+  pad, (eos, *_) = tokenizer.ends
+  more = np.full((len(examples), response_length), pad, np.int32)
   there = np.zeros(more.shape, bool)
   for row, example in enumerate(examples):
-    ids = tokenizer.encode(example.solution) + [tokenizers.EOS]
+    ids = tokenizer.encode(example.solution) + [eos]
     if len(ids) > response_length:
       raise config_lib.ConfigError(
           f'the solution {example.solution[:40]!r} has {len(ids)} tokens, EOS '

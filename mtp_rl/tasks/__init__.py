@@ -13,15 +13,21 @@ from mtp_rl import config as config_lib
 from mtp_rl import tokenizers, types
 
 MODULES = {'arithmetic': 'mtp_rl.tasks.arithmetic',
+           'math': 'mtp_rl.tasks.math',
            'path_finding': 'mtp_rl.tasks.path_finding',
            'reasoning_gym': 'mtp_rl.tasks.reasoning_gym',
-           'subset_sum': 'mtp_rl.tasks.subset_sum'}
+           'subset_sum': 'mtp_rl.tasks.subset_sum',
+           'sums': 'mtp_rl.tasks.sums'}
 
 
 class Task(Protocol):
-  """What the trainer asks of a task."""
+  """What the trainer asks of a task.
 
-  tokenizer: tokenizers.CharTokenizer
+  Two members more where a task has need of them: `fit(max_prompt)` leaves out
+  prompts of more tokens, `report` is a dict on its data for the workdir.
+  """
+
+  tokenizer: tokenizers.CharTokenizer | tokenizers.SubwordTokenizer
 
   def prompts(self, step: int, count: int) -> list[types.Example]:
     """Return `count` training problems of a step."""
@@ -63,9 +69,11 @@ def make(config):
     raise config_lib.ConfigError(
         f'task.name={name!r} is none of {", ".join(MODULES)}')
   task = importlib.import_module(MODULES[name]).make(config.task, config.seed)
+  if hasattr(task, 'fit'):
+    task.fit(config.rollout.max_prompt)
   for set_name, examples in task.held_out().items():
     if not examples:
       raise config_lib.ConfigError(
           f'task {name}: the held-out set {set_name!r} is empty; widen the '
-          'task (more terms, a larger task.size)')
+          'task (more terms, a larger task.size, rollout.max_prompt)')
   return task

@@ -57,14 +57,15 @@ def make(task_config, seed):
         f'reasoning_gym cannot make task.dataset={task_config.dataset!r} with '
         f'task.options={task_config.options}: {e}') from e
   return ReasoningGym(task_config, seed, entries,
-                      workers.Worker(scorer, args, task_config.timeout_s))
+                      workers.Pool(scorer, args, task_config.timeout_s,
+                                   preload=['reasoning_gym']))
 
 
 class ReasoningGym:
   """See the module's text; members as in `tasks.Task`."""
 
-  def __init__(self, task_config, seed, entries, worker):
-    self._name, self._seed, self._worker = task_config.dataset, seed, worker
+  def __init__(self, task_config, seed, entries, pool):
+    self._name, self._seed, self._pool = task_config.dataset, seed, pool
     unique = {}
     for index, entry in enumerate(entries):
       answer = entry['answer']
@@ -120,13 +121,14 @@ class ReasoningGym:
 
   def rewards(self, examples, completions):
     """Return 1.0 for the scorer's full score, else 0.0."""
-    return [float(self._worker.score(e.meta, c.strip()) >= 1.)
-            for e, c in zip(examples, completions, strict=True)]
+    scores = self._pool.score_all(
+        [e.meta, c.strip()] for e, c in zip(examples, completions, strict=True))
+    return [float(s >= 1.) for s in scores]
 
   def counts(self):
     """Return how often the scorer raised, hung or crashed so far."""
-    return dict(self._worker.counts)
+    return dict(self._pool.counts)
 
   def close(self):
     """End the scoring process."""
-    self._worker.close()
+    self._pool.close()

@@ -1,22 +1,54 @@
-"""A verifier in a process of its own, with a clock outside it.
+"""Verifiers in processes of their own, with a clock outside them.
 
 A hang or a crash costs the answer that caused it its reward and is counted;
 the process is replaced and the batch goes on. Messages are JSON bytes, so
 nothing that comes back is ever unpickled.
+
+Processes are forked from one that was started afresh and has imported the
+verifier's packages, never from the trainer with its threads; so a replacement
+costs milliseconds.
 """
 
+import contextlib
 import json
 import multiprocessing
+import os
 import signal
+import time
+from multiprocessing import connection as connection_lib
 
 START_S = 120.  # a fresh process imports the verifier's packages
+_STARTS = 3  # processes in a row that may fail to come up
+_MESSAGE = 4096  # bytes of a reply
+_OUT_OF_MEMORY = 3
 
 
-def _serve(connection, factory, args):
+def _context(preload):
+  """Return the way to start processes, `preload` imported beforehand."""
+  if 'forkserver' not in multiprocessing.get_all_start_methods():
+    return multiprocessing.get_context('spawn')
+  context = multiprocessing.get_context('forkserver')
+  context.set_forkserver_preload(['__main__', __name__, *preload])
+  return context
+
+
+def _limit_memory(extra_mb):
+  """Bound this process's address space to what it has plus extra_mb MiB."""
+  if not extra_mb or not os.path.exists('/proc/self/statm'):
+    return
+  import resource  # not on every system
+  with open('/proc/self/statm', encoding='ascii') as f:
+    now = int(f.read().split()[0]) * os.sysconf('SC_PAGE_SIZE')
+  limit = now + extra_mb * 2 ** 20
+  resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _serve(connection, factory, args, memory_mb):
   """Run in the child: build the scorer once, then answer until the end."""
   # Ctrl-C reaches the whole process group; the trainer alone decides.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   scorer = factory(*args)
+  _limit_memory(memory_mb)
   connection.send_bytes(b'ready')
   while True:
     try:
@@ -25,81 +57,163 @@ def _serve(connection, factory, args):
       return
     try:
       answer = {'score': float(scorer(*request))}
+    except MemoryError:  # what is left of the process is not to be trusted
+      os._exit(_OUT_OF_MEMORY)
     except Exception as e:  # the verifier's own errors on hostile text
-      answer = {'error': f'{type(e).__name__}: {e}'[:200]}
+      answer = {'error': type(e).__name__[:100]}
     connection.send_bytes(json.dumps(answer).encode())
 
 
-class Worker:
-  """One persistent scoring process.
+class _Worker:
+  """One process, and what it is busy with.
 
   Attributes:
-    counts: 'errors' (the scorer raised), 'timeouts' and 'crashes' so far.
+    connection: to the child.
+    process: the child.
+    job: index of the request it works on; None: starting or idle.
+    ready: it has come up.
+    deadline: of its start or its job, time.monotonic; None: idle.
   """
 
-  def __init__(self, factory, args, timeout_s):
-    """Remember how to build the scorer; the process starts when needed.
+  def __init__(self, context, target):
+    self.connection, theirs = context.Pipe()
+    self.process = context.Process(target=_serve, args=(theirs, *target),
+                                   daemon=True)
+    self.process.start()
+    theirs.close()
+    self.job, self.ready = None, False
+    self.deadline = time.monotonic() + START_S
+
+  def kill(self):
+    """End the process at once."""
+    self.process.kill()
+    self.process.join()
+    self.connection.close()
+
+
+class Pool:
+  """Persistent scoring processes; they start when first needed.
+
+  Attributes:
+    counts: 'errors' (the scorer raised), 'timeouts' and 'crashes' (memory
+      included) so far.
+    longest_s: the longest that an answer took, or was waited for.
+  """
+
+  def __init__(self, factory, args, timeout_s, workers=1, memory_mb=0,
+               preload=()):
+    """Remember how to build the scorer.
 
     Args:
       factory: importable function, args -> scorer(*request) -> float.
       args: its arguments, picklable.
       timeout_s: seconds that one answer may take.
+      workers: processes.
+      memory_mb: MiB that a process may take beyond the scorer itself, where
+        the system can say (Linux); 0: no bound.
+      preload: modules that the scorer imports.
     """
-    self._factory, self._args, self._timeout = factory, args, timeout_s
-    self._process = self._connection = None
+    self._context = _context(preload)
+    self._target = factory, args, memory_mb
+    self._timeout, self._size = timeout_s, workers
+    self._workers, self._failed = [], 0
     self.counts = {'errors': 0, 'timeouts': 0, 'crashes': 0}
+    self.longest_s = 0.
 
   def start(self):
-    """Start the process if it does not run.
+    """Start the processes that do not run, and wait until they are up.
 
     Raises:
-      RuntimeError: it did not come up.
+      RuntimeError: they do not come up.
     """
-    if self._process is not None:
-      return
-    context = multiprocessing.get_context('spawn')
-    self._connection, theirs = context.Pipe()
-    self._process = context.Process(
-        target=_serve, args=(theirs, self._factory, self._args), daemon=True)
-    self._process.start()
-    theirs.close()
-    try:
-      if self._connection.poll(START_S):
-        self._connection.recv_bytes()
-        return
-    except EOFError:
-      pass
-    self.close()
-    raise RuntimeError('the verifier process did not start; run the scorer in '
-                       'a Python shell to see its error')
+    self._fill(self._size)
+    while not all(w.ready for w in self._workers):
+      self._step([])
+      self._fill(self._size)
 
-  def score(self, *request):
-    """Return the scorer's value, or 0.0 where it raised, hung or crashed.
+  def score_all(self, requests):
+    """Return the scorer's values, 0.0 where it raised, hung or crashed.
 
     Args:
-      *request: JSON-ready arguments of the scorer.
+      requests: lists of JSON-ready arguments of the scorer.
+
+    Raises:
+      RuntimeError: no process comes up.
     """
-    self.start()
-    try:
-      self._connection.send_bytes(json.dumps(request).encode())
-      if not self._connection.poll(self._timeout):
-        self.counts['timeouts'] += 1
-        self.close()
-        return 0.
-      answer = json.loads(self._connection.recv_bytes())
-    except (EOFError, OSError):
-      self.counts['crashes'] += 1
-      self.close()
-      return 0.
-    if 'error' in answer:
-      self.counts['errors'] += 1
-      return 0.
-    return answer['score']
+    requests = list(requests)
+    scores = [0.] * len(requests)
+    waiting = list(range(len(requests)))[::-1]
+    while waiting or self._busy():
+      self._fill(min(self._size, len(waiting) + self._busy()))
+      for worker in self._workers:
+        if worker.ready and worker.job is None and waiting:
+          self._ask(worker, waiting.pop(), requests)
+      self._step(scores)
+    return scores
 
   def close(self):
-    """Kill the process; the next `score` starts another."""
-    if self._process is not None:
-      self._process.kill()
-      self._process.join()
-      self._connection.close()
-      self._process = self._connection = None
+    """Kill the processes; the next `score_all` starts others."""
+    for worker in self._workers:
+      worker.kill()
+    self._workers = []
+
+  def _busy(self):
+    return sum(w.job is not None for w in self._workers)
+
+  def _fill(self, count):
+    for worker in [w for w in self._workers if w.ready and w.job is None]:
+      if not worker.process.is_alive():  # it died by itself, between batches
+        self._workers.remove(worker)
+        worker.kill()
+    while len(self._workers) < count:
+      self._workers.append(_Worker(self._context, self._target))
+
+  def _ask(self, worker, job, requests):
+    worker.job = job
+    worker.deadline = time.monotonic() + self._timeout
+    # Where the process is gone, reading from it says so.
+    with contextlib.suppress(OSError):
+      worker.connection.send_bytes(json.dumps(requests[job]).encode())
+
+  def _step(self, scores):
+    """Wait for one or more processes to answer, come up, die or be late."""
+    pending = [w for w in self._workers if w.deadline is not None]
+    soonest = min(w.deadline for w in pending)
+    spoke = connection_lib.wait([w.connection for w in pending],
+                                max(0., soonest - time.monotonic()))
+    now = time.monotonic()
+    for worker in pending:
+      if worker.job is not None:
+        self.longest_s = max(self.longest_s,
+                             now - worker.deadline + self._timeout)
+      if worker.connection in spoke:
+        self._hear(worker, scores)
+      elif now >= worker.deadline:
+        self._lose(worker, scores, 'timeouts')
+
+  def _hear(self, worker, scores):
+    try:
+      message = worker.connection.recv_bytes(_MESSAGE)
+      answer = json.loads(message) if worker.ready else {}
+    except (EOFError, OSError, ValueError):
+      self._lose(worker, scores, 'crashes')
+      return
+    if worker.ready:
+      self.counts['errors'] += 'error' in answer
+      scores[worker.job] = answer.get('score', 0.)
+    self._failed = 0
+    worker.ready, worker.job, worker.deadline = True, None, None
+
+  def _lose(self, worker, scores, name):
+    """Drop a process; its answer, if it had one, earns nothing."""
+    self._workers.remove(worker)
+    worker.kill()
+    if worker.job is not None:
+      self.counts[name] += 1
+      scores[worker.job] = 0.
+      return
+    self._failed += 1
+    if self._failed >= _STARTS:
+      self.close()
+      raise RuntimeError('the verifier process does not start; run the scorer '
+                         'in a Python shell to see its error')

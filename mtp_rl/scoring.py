@@ -1,0 +1,172 @@
+"""Scoring a checkpoint of a workdir: resumable, one JSONL row a sample."""
+
+import contextlib
+import hashlib
+import json
+import os
+
+import jax
+
+from mtp_rl import checkpoint, evaluate, metrics, trainer, validate
+from mtp_rl import config as config_lib
+from mtp_rl.compare import grid
+
+# What may be set for an evaluation alone; the rest is how the model was made.
+MAY_SET = ('task.', 'rollout.', 'eval.', 'mesh.')
+_IRRELEVANT = ('run', 'rl', 'optim', 'warmup', 'occ')
+
+
+class RowLog:
+  """The rows of one evaluation in a file, appended batch by batch.
+
+  A last line that a kill cut short is dropped; its batch is sampled again.
+  """
+
+  def __init__(self, path, identity):
+    """Open the file, or begin it.
+
+    Args:
+      path: the JSONL file; its first line holds the identity.
+      identity: JSON-ready dict of all that decides the rows.
+
+    Raises:
+      config.ConfigError: the rows there are of another evaluation.
+    """
+    found, self._rows = metrics.read(path), {}
+    if found and found[0] != {'identity': identity}:
+      raise config_lib.ConfigError(
+          f'{path} holds the samples of another evaluation (another config, '
+          'checkpoint or version); move it away')
+    for row in found[1:]:
+      self._keep(row)
+    with open(path + '.part', 'w', encoding='utf-8') as f:
+      for row in found or [{'identity': identity}]:
+        f.write(json.dumps(row) + '\n')
+    os.replace(path + '.part', path)
+    self._file = open(path, 'a', encoding='utf-8')
+
+  def _keep(self, row):
+    self._rows[row['set'], row['mode'], row['problem'], row['sample']] = row
+
+  def get(self, name, mode, problems, k):
+    """Return the k rows of each of some problems in order, or None."""
+    rows = [self._rows.get((name, mode, i, j)) for i in problems
+            for j in range(k)]
+    return None if None in rows else rows
+
+  def add(self, rows):
+    """Append rows; they are on disk when this returns."""
+    for row in rows:
+      self._keep(row)
+      self._file.write(json.dumps(row) + '\n')
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+  def close(self):
+    """Close the file."""
+    self._file.close()
+
+
+def configure(config, samples, settings):
+  """Set what an evaluation may set on a workdir's config; return it.
+
+  Args:
+    config: `config.Config`, changed in place.
+    samples: k; None: 32 for task math, else 16.
+    settings: texts 'section.field=value'.
+
+  Raises:
+    config.ConfigError: a setting is unknown, or no matter of an evaluation.
+  """
+  for setting in settings:
+    name, equals, text = setting.partition('=')
+    if not equals or not name.startswith(MAY_SET):
+      raise config_lib.ConfigError(
+          f'--set={setting} is not section.field=value with a section of '
+          f'{", ".join(s[:-1] for s in MAY_SET)}')
+    grid.assign(config, name, text)
+  config.eval.samples = samples or (32 if config.task.name == 'math' else 16)
+  validate.validate(config)
+  return config
+
+
+def _identity(config, where, step):
+  """Return what decides the samples of a checkpoint under a config."""
+  values = {k: v for k, v in config_lib.to_dict(config).items()
+            if k not in _IRRELEVANT}
+  values['eval'] = {k: v for k, v in values['eval'].items() if k != 'every'}
+  values['task'] = {k: v for k, v in values['task'].items()
+                    if k not in ('data_dir', 'cache_dir', 'processes')}
+  digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+  # The time of its saving tells one checkpoint from another, copies included.
+  with open(os.path.join(where, str(step), '_CHECKPOINT_METADATA'), 'rb') as f:
+    digest.update(f.read())
+  return {'step': step, 'k': config.eval.samples, 'sha256': digest.hexdigest()}
+
+
+def score_checkpoint(workdir, phase, step, samples, settings=()):
+  """Evaluate a checkpoint of a workdir on the held-out sets of its config.
+
+  Args:
+    workdir: of a run.
+    phase: 'rl' or 'warmup'.
+    step: int, or None for the latest.
+    samples: k of avg@k, pass@k and maj@k; None: see `configure`.
+    settings: texts 'section.field=value' for this evaluation.
+
+  Returns:
+    {name: (mean, low, high)} with 95 % bootstrap intervals over problems, and
+    the path of the JSON file they were written to; the rows are beside it.
+
+  Raises:
+    config.ConfigError: there is no such checkpoint, it is damaged, or a
+      setting cannot work.
+  """
+  config = configure(config_lib.load(os.path.join(workdir, 'config.json')),
+                     samples, settings)
+  run = trainer.reopen(config, workdir)
+  where = trainer.checkpoints(run, phase)
+  with jax.set_mesh(run.mesh), contextlib.closing(run.task):
+    saved = checkpoint.Checkpoints(where, config.run.keep)
+    functions = trainer.prepare(run)
+    with contextlib.closing(saved):
+      step = saved.latest() if step is None else step
+      params = saved.restore(functions.steps.abstract, step, params_only=True)
+    os.makedirs(run.path('evaluation'), exist_ok=True)
+    identity = _identity(config, where, step)
+    name = f'{phase}_{step}_k{config.eval.samples}'
+    if settings:
+      name += '_' + identity['sha256'][:8]
+    path = run.path('evaluation', name + '.json')
+    with contextlib.closing(RowLog(path + 'l', identity)) as log:
+      scores = functions.measure(params, log)
+    values = {k: (float(v.mean()), *evaluate.interval(v))
+              for k, v in scores.items()}
+    metrics.write_json(path, {
+        'step': step, **{k: v[0] for k, v in values.items()},
+        'intervals': {k: v[1:] for k, v in values.items()},
+        'problems': {k: len(v) for k, v in scores.items()},
+        'verifier': run.task.counts(), 'settings': list(settings)})
+  return values, path
+
+
+def table(values):
+  """Return a Markdown table, a set a row, of what `score_checkpoint` returns.
+
+  Percent with the 95 % interval; the last row is the mean over sets, as the
+  paper reports it, where there are several.
+  """
+  names = [k.split('/')[1:] for k in values]
+  sets = list(dict.fromkeys(n for n, _ in names))
+  columns = list(dict.fromkeys(c for _, c in names))
+  show = lambda v: (f'{100 * v[0]:.1f} [{100 * v[1]:.1f}, {100 * v[2]:.1f}]')
+  rows = [[n] + [show(values[f'val/{n}/{c}']) for c in columns] for n in sets]
+  if len(sets) > 1:
+    rows.append(['mean'] + [f'{100 * _mean(values, sets, c):.1f}'
+                            for c in columns])
+  lines = [['set (%)', *columns], ['---'] * (len(columns) + 1), *rows]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def _mean(values, sets, column):
+  return sum(values[f'val/{n}/{column}'][0] for n in sets) / len(sets)

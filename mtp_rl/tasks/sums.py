@@ -1,0 +1,62 @@
+r"""Sums in words, for a small instruct model: prompt "What is 3 + 5? ...".
+
+`task.min_terms` to `task.max_terms` numbers from 0 to `task.largest`; the
+answer is boxed and matched as an integer (verifiers.py), so the sum copied
+into the box earns nothing. With a tokenizer of characters (task.tokenizer
+empty) it is a task for tests.
+"""
+
+import os
+import string
+
+from mtp_rl import config as config_lib
+from mtp_rl import tokenizers, types
+from mtp_rl.tasks import generated, math, verifiers
+
+PROMPT = 'What is {}? Put the answer in \\boxed{{}}.'
+
+
+def make(task_config, seed):
+  """Return the `Sums` task of a `config.Task`."""
+  return Sums(task_config, seed)
+
+
+class Sums(generated.Generated):
+  """See the module's text; members as in `tasks.Task`."""
+
+  def __init__(self, task_config, seed):
+    t = self._config = task_config
+    if not 1 <= t.min_terms <= t.max_terms:
+      raise config_lib.ConfigError(
+          f'task sums cannot have task.min_terms={t.min_terms} and '
+          f'task.max_terms={t.max_terms}; it needs 1 <= min <= max')
+    self._words = (tokenizers.load(os.path.expanduser(t.tokenizer))
+                   if t.tokenizer else
+                   tokenizers.CharTokenizer(string.printable))
+    super().__init__('sums', '', seed, t.held_out)
+    self.tokenizer = self._words
+
+  def _example(self, numbers):
+    text = PROMPT.format(' + '.join(map(str, numbers)))
+    total = str(sum(numbers))
+    return types.Example(
+        math.render(text, self._words, self._config.template), total,
+        rf'\boxed{{{total}}}')
+
+  def draw(self, rng):
+    """Return one problem with its solution."""
+    terms = rng.integers(self._config.min_terms, self._config.max_terms + 1)
+    return self._example(
+        rng.integers(0, self._config.largest + 1, terms).tolist())
+
+  def probe(self):
+    """Return the problem of most and largest numbers."""
+    return [self._example([self._config.largest] * self._config.max_terms)]
+
+  def extract(self, completion):
+    """Return the normalised content of the last box."""
+    return verifiers.answer(completion)
+
+  def score(self, example, text):
+    """Return 1.0 for the sum, written out, else 0.0."""
+    return float(text == example.answer)

@@ -1,0 +1,159 @@
+r"""What a math answer is, and whether it is right.
+
+The answer of a completion is the content of its last `\boxed{...}`. Decided:
+
+  several boxes            the last one that opens counts, an inner one too
+  an unclosed last box     no answer, whatever was boxed before
+  no box, an empty box     no answer
+  over MAX_ANSWER chars    no answer; the completion itself may have any length
+  `\boxed 5`               no box: braces are asked for
+
+A reference that is an integer is matched strictly, as text: digits with a
+sign, thousands separators, `.0`, a currency or degree sign or a unit in
+`\text{}` around them. So `1+1`, `4/2`, `2^1` and `2\%` do not earn the reward
+of 2: the reward must not be had by copying an expression from the problem.
+
+Any other reference is compared as text first (spacing and size commands
+aside), then by math-verify, which parses both sides with its own grammar and
+compares them in sympy, in worker processes with a clock and a memory bound:
+the text is untrusted. Source: github.com/huggingface/Math-Verify.
+"""
+
+import functools
+import logging
+import re
+
+from mtp_rl import config as config_lib
+from mtp_rl.tasks import workers
+
+MAX_ANSWER = 1000  # characters; the longest reference has 210
+MEMORY_MB = 1024  # of a worker, beyond the packages
+
+_BOX = re.compile(r'\\boxed\s*\{')
+_BRACE = re.compile(r'\\.|[{}]', re.DOTALL)
+_SPACING = re.compile(
+    r'\\(?:[,!;: ]|left(?![a-z])|right(?![a-z])|displaystyle)')
+_UNIT = re.compile(
+    r'(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\(?:text|mathrm|mbox)\{[^{}0-9]*\})$')
+_INTEGER = re.compile(r'([+-]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?')
+
+
+def last_box(text):
+  r"""Return the content of the last `\boxed{}` of a text, or None."""
+  starts = [opened.end() for opened in _BOX.finditer(text)]
+  if not starts:
+    return None
+  depth = 1
+  for brace in _BRACE.finditer(text, starts[-1]):
+    depth += {'{': 1, '}': -1}.get(brace[0], 0)
+    if not depth:
+      return text[starts[-1]:brace.start()]
+  return None
+
+
+def _plain(text):
+  return _SPACING.sub('', text.replace('{,}', ',').replace('$', '')).strip()
+
+
+def integer(text):
+  r"""Return the integer that a text writes out, as canonical digits, or None.
+
+  `\$1{,}050.00` gives '1050', `-07^\circ` '-7', `2\%` and `1+1` None.
+  """
+  text = _plain(text.replace(r'\$', ''))
+  match = _INTEGER.fullmatch(_UNIT.sub('', text).strip())
+  if match is None:
+    return None
+  digits = match[2].replace(',', '').lstrip('0') or '0'
+  return '-' + digits if match[1] == '-' and digits != '0' else digits
+
+
+def normal(text):
+  """Return a text such that equal texts are the same answer."""
+  return integer(text) or re.sub(r'\s+', '', re.sub(
+      r'\\[dt]frac', r'\\frac', _plain(text))).rstrip('.')
+
+
+def answer(completion):
+  """Return the normalised answer of a completion, '' where it gives none."""
+  box = last_box(completion)
+  return '' if box is None or len(box) > MAX_ANSWER else normal(box)
+
+
+def scorer():
+  """Return math-verify as (reference, box) -> 0.0 or 1.0, for a worker."""
+  import math_verify  # an extra: imported when it is used
+  # Its own clock is a signal in this process; the one outside decides.
+  logging.getLogger('math_verify').setLevel(logging.ERROR)
+  parse = functools.partial(math_verify.parse, parsing_timeout=None)
+  reference_of = functools.lru_cache(maxsize=4096)(
+      lambda text: parse(f'${text}$'))
+  # Only what is boxed counts: no hunt for a number in the words around it.
+  boxed = [math_verify.LatexExtractionConfig(
+      boxed_match_priority=0, try_extract_without_anchor=False)]
+
+  def score(reference, box):
+    found = parse(rf'\boxed{{{box}}}', extraction_config=boxed)
+    return float(math_verify.verify(reference_of(reference), found,
+                                    timeout_seconds=None))
+
+  score(r'\frac{1}{2}', '0.5')  # the parser builds its tables when first used
+  return score
+
+
+def check_installed():
+  """Raise config.ConfigError where math-verify is missing."""
+  try:
+    import math_verify  # noqa: F401
+  except ImportError as e:
+    raise config_lib.ConfigError(
+        'the math verifier needs the package math-verify; install mtp_rl with '
+        f"the extra 'math' ({e})") from e
+
+
+class MathVerifier:
+  """Rewards of completions; see the module's text.
+
+  Attributes:
+    counts: what went wrong in the workers, see `workers.Pool`.
+  """
+
+  def __init__(self, timeout_s, processes):
+    """Start nothing yet.
+
+    Args:
+      timeout_s: seconds that one answer may take.
+      processes: workers.
+    """
+    self._pool = workers.Pool(scorer, (), timeout_s, processes, MEMORY_MB,
+                              preload=[__name__, 'math_verify'])
+    self.counts = self._pool.counts
+
+  @property
+  def longest_s(self):
+    """Longest seconds that an answer took, or was waited for."""
+    return self._pool.longest_s
+
+  def rewards(self, references, completions):
+    """Return 1.0 for a right answer, else 0.0.
+
+    Args:
+      references: the right answers, texts without a box.
+      completions: as many texts of the model.
+    """
+    rewards, asked = [0.] * len(references), []
+    for i, (reference, text) in enumerate(
+        zip(references, completions, strict=True)):
+      given, right = answer(text), normal(reference)
+      if given and given == right:
+        rewards[i] = 1.
+      elif given and integer(reference) is None:
+        asked.append((i, [reference, last_box(text)]))
+    scores = self._pool.score_all(request for _, request in asked)
+    for (i, _), score in zip(asked, scores):
+      rewards[i] = score
+    return rewards
+
+  def close(self):
+    """End the workers."""
+    self._pool.close()
