@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import types
+from mtp_rl import tokenizers, types
 from mtp_rl.models import presets, pretrained, transformer
 from mtp_rl.rollout import sampler
 from tests import conftest, published
