@@ -167,6 +167,7 @@ class Task:
   timeout_s: float = 5.  # reasoning_gym, math: clock of one answer
   tokenizer: str = ''  # math, sums: folder or GGUF file; '': characters
   template: str = 'chat'  # math, sums: the tokenizer's own, or 'plain'
+  prefix: str = ''  # sums: the first words of every answer, given
   data_dir: str = ''  # math: folder of NAME.jsonl or NAME.parquet
   cache_dir: str = ''  # math: of prepared sets; '': ~/.cache/mtp_rl
   train: str = 'dapo_math_17k'  # math: sets, comma-separated

@@ -2,8 +2,9 @@ r"""Sums in words, for a small instruct model: prompt "What is 3 + 5? ...".
 
 `task.min_terms` to `task.max_terms` numbers from 0 to `task.largest`; the
 answer is boxed and matched as an integer (verifiers.py), so the sum copied
-into the box earns nothing. With a tokenizer of characters (task.tokenizer
-empty) it is a task for tests.
+into the box earns nothing. `task.prefix` is how the answer begins, written
+for the model: a small one never thinks of a box by itself. With a tokenizer
+of characters (task.tokenizer empty) it is a task for tests.
 """
 
 import os
@@ -39,9 +40,10 @@ class Sums(generated.Generated):
   def _example(self, numbers):
     text = PROMPT.format(' + '.join(map(str, numbers)))
     total = str(sum(numbers))
+    prefix = self._config.prefix
     return types.Example(
-        math.render(text, self._words, self._config.template), total,
-        rf'\boxed{{{total}}}')
+        math.render(text, self._words, self._config.template) + prefix, total,
+        rf'\boxed{{{total}}}'.removeprefix(prefix))
 
   def draw(self, rng):
     """Return one problem with its solution."""
@@ -55,7 +57,7 @@ class Sums(generated.Generated):
 
   def extract(self, completion):
     """Return the normalised content of the last box."""
-    return verifiers.answer(completion)
+    return verifiers.answer(self._config.prefix + completion)
 
   def score(self, example, text):
     """Return 1.0 for the sum, written out, else 0.0."""

