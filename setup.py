@@ -26,6 +26,8 @@ setuptools.setup(
         'jax>=0.10.2',
         'flax>=0.12.8',
         'optax>=0.2.8',
+        'safetensors>=0.8',
+        'gguf>=0.19',
         'orbax-checkpoint>=0.12.8',
         'tensorflow-datasets>=4.9.10',
         'importlib_resources>=7.1',  # tensorflow-datasets forgets to ask
@@ -41,6 +43,8 @@ setuptools.setup(
         'math': MATH,
         'models': MODELS,
         'test': TEST,
+        # tests against transformers; torch from its CPU index if wanted
+        'hf': ['torch==2.13.0', 'transformers>=5.23'],
         'tpu': ['jax[tpu]>=0.10.2'],
         'gpu': ['jax[cuda13]>=0.10.2'],
     },

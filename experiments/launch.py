@@ -11,10 +11,11 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 flags.mark_flag_as_required('workdir')
 
 
-def define_config():
+def define_config(required=True):
   """Define --config, whose fields flags can override, and return it."""
   flag = config_flags.DEFINE_config_file('config', None, 'Config file.')
-  flags.mark_flag_as_required('config')
+  if required:
+    flags.mark_flag_as_required('config')
   return flag
 
 
@@ -42,7 +43,7 @@ def run(action):
       logging.set_verbosity(logging.WARNING)
     if 'config' in flags.FLAGS:
       try:  # a config file that is not there shows at the first field read
-        _ = flags.FLAGS['config'].value.seed
+        _ = flags.FLAGS['config'].value and flags.FLAGS['config'].value.seed
       except OSError as e:
         _fail(e)
     try:

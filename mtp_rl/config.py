@@ -13,6 +13,8 @@ REGIMES = ('rl_only', 'detach', 'ce', 'policy', 'occ', 'occ_authors')
 ESTIMATORS = ('logprob', 'authors', 'readout', 'exact', 'preconditioned',
               'cross_fitted', 'curvature', 'oracle')
 TRAINABLE = ESTIMATORS[:-1]  # the oracle needs rollouts no update sees
+# More than one pass through the trunk; cross_fitted needs disjoint parts.
+IN_PARTS = ('exact', 'preconditioned', 'cross_fitted', 'curvature')
 
 
 class ConfigError(ValueError):
@@ -28,7 +30,9 @@ class Model:
   n_kv_heads: int = 4
   head_dim: int = 0  # 0: d_model / n_heads
   d_ff: int = 256
+  vocab_size: int = 0  # rows of the token table; 0: the tokenizer's
   rope_theta: float = 10000.
+  rotary: float = 1.  # fraction of a head's channels that RoPE turns
   norm_eps: float = 1e-6
   qkv_bias: bool = False
   qk_norm: bool = False
@@ -36,6 +40,16 @@ class Model:
   dtype: str = 'float32'  # of the computation; parameters stay float32
   remat: str = 'dots'  # kept for the backward pass: all but 'none' recompute
   head_chunk: int = 16  # columns per slice of the output head; 0: all at once
+  pretrained: str = ''  # Hugging Face folder or GGUF file to start from
+  experts: int = 0  # E routed experts a layer; 0: one dense SwiGLU of d_ff
+  experts_per_token: int = 0  # experts that a token takes
+  expert_ff: int = 0  # inner width of one expert
+  shared_experts: int = 0  # experts that every token takes, as one SwiGLU
+  dense_layers: int = 0  # first layers that keep the dense SwiGLU
+  router_groups: int = 1  # groups of experts, of which a token takes the best
+  router_top_groups: int = 1
+  router_scale: float = 1.  # factor on the routed experts' weights
+  norm_topk: bool = True  # the chosen experts' weights add up to that factor
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -50,6 +64,7 @@ class MTP:
   head_coef: float = 1.  # psi's own coefficient (unused by 'joint')
   concat: str = 'h_emb'  # or 'emb_h'
   hidden: str = 'post_norm'  # trunk state that depth 1 receives
+  fresh: bool = False  # new modules where the pretrained model has none
   detach_hidden: bool = False
   detach_embedding: bool = False
   detach_head: bool = False
@@ -66,7 +81,7 @@ class OCC:
   ema: float = 0.  # decay of the moving average of lambda; 0: none
   heads: str = 'joint'  # K > 1: G^-1 c, or 'per_head': c_k / v_k^2
   scope: str = 'all'  # parameters whose gradients are measured
-  pieces: int = 2  # cross_fitted: disjoint parts of the minibatch
+  pieces: int = 2  # parts of a minibatch that `IN_PARTS` take one by one
   probe_every: int = 4  # cross_fitted: updates between measurements of L eta
   guard: float = 0.  # bound rho of ||lambda g_MTP|| <= rho ||g_RL||; 0: off
   eta: float = 0.  # step size in the curvature form; 0: the learning rate
@@ -116,6 +131,10 @@ class Warmup:
   batch: int = 128
   lr: float = 2e-3
   mtp_coef: float = 1.
+  train: str = 'all'  # 'mtp': the MTP modules, everything else frozen
+  data: str = 'solutions'  # 'samples': the model's own, of training prompts
+  pool: int = 1  # rollouts (rl.prompts x rl.group samples) of one pool
+  pool_steps: int = 50  # updates that draw from one pool
   init: str = ''  # workdir of experiments.pretrain to start from instead
 
 
@@ -165,10 +184,11 @@ class Eval:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Mesh:
-  """Devices: batch over data x fsdp, parameters over fsdp x model."""
+  """Devices: batch over all but model, parameters over all but data."""
   data: int = 1
   fsdp: int = 1
   model: int = 1
+  expert: int = 1  # the experts' own split of parameters
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -113,7 +113,7 @@ def cross_fitted(view, config):
     g_rl = tree.add(g_rl, rl)
     g = [tree.add(a, b) for a, b in zip(g, heads)]
   products = occ.gradient_products(g_rl, g, dot)
-  cross = occ.cross_products(parts, dot)
+  cross = occ.cross_products(parts, products.c, dot)
   lam = occ.cross_fitted_coefficient(cross, products, view.smoothness, config)
   info = {'c_cross': jnp.sum(cross), 'smoothness': view.smoothness}
   return Estimate(lam, products, (g_rl, g), info)

@@ -87,7 +87,7 @@ def complete(generate, params, examples, size, key, task, config):
 def _batch_size(examples, config):
   """Return the prompts of a generation: a multiple of 8 and of the devices."""
   size = min(config.eval.batch, -(-len(examples) // 8) * 8)
-  devices = config.mesh.data * config.mesh.fsdp
+  devices = sharding.batch_devices(config.mesh)
   return -(-size // devices) * devices
 
 

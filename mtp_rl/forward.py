@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 
 from mtp_rl import sharding, tree
+from mtp_rl.models import moe, transformer
 from mtp_rl.models import mtp as mtp_model
-from mtp_rl.models import transformer
 from mtp_rl.objectives import logprobs
 
 
@@ -78,9 +78,11 @@ def score(params, tokens, valid, *, config, vocab_size, heads=True,
   net = network(config, vocab_size)
 
   def piece(params, tokens, valid):
-    hidden, ahead = net.apply({'params': params}, tokens, valid, heads)
-    return _token_logprobs(config, hidden, ahead, params, tokens,
-                           entropy=entropy, acceptance=acceptance)
+    (hidden, ahead), seen = net.apply({'params': params}, tokens, valid, heads,
+                                      mutable=[moe.LOAD])
+    out = _token_logprobs(config, hidden, ahead, params, tokens,
+                          entropy=entropy, acceptance=acceptance)
+    return out._replace(load=moe.load(seen))
 
   return _microbatched(piece, config.rl.microbatches)(params, tokens, valid)
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_rl import estimators, forward, occ, tree
+from mtp_rl import config as config_lib
+from mtp_rl import estimators, forward, occ, sharding, tree
 from mtp_rl.objectives import logprobs, policy
 from mtp_rl.objectives import mtp as mtp_loss
 
@@ -102,8 +103,9 @@ class Minibatch:
   """One minibatch under one set of parameters: log-probs and pullbacks.
 
   Every method but the constructor's work is lazy and done once. Gradients
-  ascend (paper: g), losses descend. With occ.pieces > 1 the rows pass in
-  disjoint parts, prompts kept whole, whose gradients add up.
+  ascend (paper: g), losses descend. With pieces > 1 the rows pass in disjoint
+  parts, prompts kept whole, whose gradients add up: cross-fitting needs them,
+  and whoever goes through the trunk more often is faster on fewer rows.
   """
 
   def __init__(self, params, batch, config, vocab_size, pieces=1):
@@ -119,11 +121,11 @@ class Minibatch:
         for tokens, valid in zip(self._cut(batch.tokens),
                                  self._cut(batch.valid))]
     self.main = self._paste([f.main for f in self._forwards])
-    entropy = (self._paste([f.entropy for f in self._forwards])
-               if self._entropy else 0.)
+    self.entropy = (self._paste([f.entropy for f in self._forwards])
+                    if self._entropy else 0.)
     (loss, self.metrics), d_rl = jax.value_and_grad(
         policy.rl_loss, argnums=(0, 1), has_aux=True)(
-            self.main, entropy, batch, config.rl)
+            self.main, self.entropy, batch, config.rl)
     self.value = -loss
     self._d_rl = jax.tree.map(jnp.negative, d_rl)
     if use_heads:
@@ -201,14 +203,38 @@ class Minibatch:
     return [_sum(g) for g in self.head_gradients]
 
   def directional(self, direction):
-    """Return g_RL and H direction over theta, from one jvp of grad J."""
-    psi = tree.head(self.params)
-    def value(theta):
-      return objective({**theta, **psi}, self.batch, self.config,
-                       self._vocab_size), None
-    _, g, _, product = occ.directional(value, tree.shared(self.params),
-                                       direction)
-    return g, product
+    """Return g_RL and H direction over theta, by jvp of grad J in each part.
+
+    J is a sum over rows (denominators come from the mask), so a part's share
+    is J with the log-probs of all other rows held constant.
+    """
+    psi, theta = tree.head(self.params), tree.shared(self.params)
+
+    def put(whole, i, part):
+      if self._pieces == 1:
+        return part
+      y = whole.reshape(-1, self._pieces, self.config.rl.group,
+                        *whole.shape[1:])
+      part = part.reshape(y.shape[0], *y.shape[2:])
+      return y.at[:, i].set(part).reshape(whole.shape)
+
+    def add(total, part):
+      def value(theta):
+        i, tokens, valid = part
+        out = forward.score({**theta, **psi}, tokens, valid, heads=False,
+                            config=self.config, vocab_size=self._vocab_size,
+                            entropy=self._entropy)
+        entropy = put(self.entropy, i, out.entropy) if self._entropy else 0.
+        return -policy.rl_loss(put(self.main, i, out.main), entropy,
+                               self.batch, self.config.rl)[0], None
+      _, g, _, product = occ.directional(value, theta, direction)
+      return tree.add(total, (g, product)), None
+
+    rows = [sharding.constrain_batch(jnp.stack(self._cut(x)), axis=1)
+            for x in (self.batch.tokens, self.batch.valid)]
+    zero = jax.tree.map(jnp.zeros_like, (theta, theta))
+    total, _ = jax.lax.scan(add, zero, (jnp.arange(self._pieces), *rows))
+    return total
 
   def view(self, state, eta, precondition=None, ahead=None):
     """Return the `estimators.View` of this minibatch."""
@@ -275,7 +301,8 @@ def gradients(params, batch, state, config, vocab_size, eta=0.,
   """
   m, o = config.mtp, config.occ
   measured = m.regime == 'occ'
-  pieces = o.pieces if measured and o.estimator == 'cross_fitted' else 1
+  in_parts = measured and o.estimator in config_lib.IN_PARTS
+  pieces = o.pieces if in_parts else 1
   work = Minibatch(params, batch, config, vocab_size, pieces)
   down = lambda *trees: jax.tree.map(
       jnp.negative, functools.reduce(lambda a, b: {**a, **b}, trees))

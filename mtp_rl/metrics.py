@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import sys
 
 import numpy as np
 import tensorboardX
+import tqdm
 
 # What differs between two runs of the same arithmetic.
 VOLATILE = ('timing_s/', 'rollout/tokens_per_s')
@@ -75,6 +77,13 @@ class Writer:
     """Flush and close both files."""
     self._file.close()
     self._events.close()
+
+
+def progress(config, total, start, name):
+  """Return a progress bar on stderr, silent without run.progress."""
+  return tqdm.tqdm(total=total, initial=start, desc=name, file=sys.stderr,
+                   disable=not config.run.progress, dynamic_ncols=True,
+                   mininterval=.2 if sys.stderr.isatty() else 10.)
 
 
 def write_json(path, values):

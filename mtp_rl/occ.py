@@ -120,26 +120,26 @@ def cross_fitted_coefficient(cross, products, smoothness, config):
   return solve(products.gram, cross / smoothness - products.c, config)
 
 
-def cross_products(parts, dot):
+def cross_products(parts, c, dot):
   """Return c_cross [K] of n >= 2 disjoint samples: a U-statistic.
 
-  c_cross = n / (n - 1) (<sum_i g_RL,i, sum_j g_k,j> - sum_i <g_RL,i, g_k,i>),
-  unbiased for <E g_RL, E g_k> of the whole batch.
+  c_cross = n / (n - 1) (c - sum_i <g_RL,i, g_k,i>), unbiased for
+  <E g_RL, E g_k> of the whole batch.
 
   Args:
     parts: n pairs (g_RL, [g_1 .. g_K]) that add up to the batch's gradients.
+    c: [K], <g_RL, g_k> of the batch's gradients.
     dot: inner product of two gradients.
 
   Raises:
     ValueError: there is one part only.
   """
-  n, heads = len(parts), len(parts[0][1])
+  n = len(parts)
   if n < 2:
     raise ValueError('c_cross needs disjoint parts; make the Minibatch with '
                      'pieces >= 2')
-  c = [sum(dot(rl, g[k]) for i, (rl, _) in enumerate(parts)
-           for j, (_, g) in enumerate(parts) if i != j) for k in range(heads)]
-  return n / (n - 1) * jnp.stack(c)
+  within = [sum(dot(rl, g[k]) for rl, g in parts) for k in range(len(c))]
+  return n / (n - 1) * (c - jnp.stack(within))
 
 
 def preconditioned_coefficient(first, products, config):

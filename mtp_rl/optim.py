@@ -34,13 +34,14 @@ def decayed(params):
       lambda keys, _: tree.path(keys[-1:]) in ('kernel', 'embedding'), params)
 
 
-def make(optim, rate, train_head=True):
+def make(optim, rate, train_head=True, train_shared=True):
   """Return the optax transformation of a run.
 
   Args:
     optim: `config.Optim`.
     rate: learning rate or schedule.
     train_head: False freezes the MTP modules, weight decay included (rl_only).
+    train_shared: False freezes everything else (warmup.train=mtp).
 
   Returns:
     optax.GradientTransformation for a params tree that `tree.labels` covers.
@@ -52,9 +53,11 @@ def make(optim, rate, train_head=True):
   steps = optax.chain(
       clip, optax.adamw(rate, optim.b1, optim.b2, optim.eps,
                         weight_decay=optim.weight_decay, mask=decayed))
-  if train_head:
+  if train_head and train_shared:
     return steps
-  return optax.partition({'shared': steps, 'head': optax.set_to_zero()},
+  frozen = optax.set_to_zero()
+  return optax.partition({'shared': steps if train_shared else frozen,
+                          'head': steps if train_head else frozen},
                          tree.labels)
 
 

@@ -1,9 +1,11 @@
 """The mesh, the one table of parameter shardings, and activation constraints.
 
-Batches are split over 'data' and 'fsdp', parameters over 'fsdp' and 'model'.
+Batches are split over 'data', 'fsdp' and 'expert', parameters over 'fsdp' and
+'model', experts over 'expert' as well.
 The same code runs on one CPU and on a slice: a mesh of ones is a mesh.
 """
 
+import math
 import re
 
 import jax
@@ -13,13 +15,15 @@ from jax.sharding import PartitionSpec as P
 from mtp_rl import config as config_lib
 from mtp_rl import tree as tree_lib
 
-AXES = ('data', 'fsdp', 'model')
-BATCH = ('data', 'fsdp')
+AXES = ('data', 'fsdp', 'model', 'expert')
+BATCH = ('data', 'fsdp', 'expert')
 
 # Path pattern -> spec of the *last* dimensions, so that stacked layers and
 # the optimiser's moments fall under the rule of their parameter. The first
 # match counts; what matches nothing is replicated.
 RULES = (
+    (r'experts/(gate|up)/kernel$', ('expert', 'fsdp', 'model')),
+    (r'experts/down/kernel$', ('expert', 'model', 'fsdp')),
     (r'embed/embedding$', ('model', 'fsdp')),
     (r'lm_head/kernel$', ('fsdp', 'model')),
     (r'(query|key|value|gate|up)/kernel$', ('fsdp', 'model')),
@@ -39,11 +43,11 @@ def make_mesh(mesh_config):
     config.ConfigError: the machine has fewer devices than the mesh.
   """
   shape = tuple(getattr(mesh_config, axis) for axis in AXES)
-  size, have = shape[0] * shape[1] * shape[2], jax.device_count()
+  size, have = math.prod(shape), jax.device_count()
   if size > have:
     raise config_lib.ConfigError(
         f'mesh {dict(zip(AXES, shape))} needs {size} devices, but this '
-        f'machine has {have}; make mesh.data, mesh.fsdp or mesh.model smaller')
+        f'machine has {have}; make mesh.{", mesh.".join(AXES)} smaller')
   return jax.make_mesh(
       shape, AXES, devices=jax.devices()[:size],
       axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
@@ -75,8 +79,13 @@ def tree_shardings(tree, mesh):
           mesh, spec(tree_lib.path(keys), x.shape, mesh)), tree)
 
 
+def batch_devices(mesh_config):
+  """Return over how many devices a `config.Mesh` splits a batch."""
+  return math.prod(getattr(mesh_config, axis) for axis in BATCH)
+
+
 def batch_sharding(mesh):
-  """Return the sharding that splits the leading axis over data x fsdp."""
+  """Return the sharding that splits the leading axis over the batch axes."""
   return NamedSharding(mesh, P(BATCH))
 
 

@@ -54,9 +54,9 @@ class CharTokenizer:
     for i in np.asarray(ids).tolist():
       if i == EOS:
         break
-      if i >= _SPECIAL:
+      if _SPECIAL <= i < self.vocab_size:
         out.append(self.characters[i - _SPECIAL])
-      elif i == UNKNOWN:
+      elif i != PAD:  # UNKNOWN, or a row of the table without a character
         out.append('\N{REPLACEMENT CHARACTER}')
     return ''.join(out)
 

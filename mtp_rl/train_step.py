@@ -72,22 +72,31 @@ def supervised_step(state, batch, *, config, vocab_size, transform, rate):
   Args:
     batch: `types.Tokens`; the response columns hold the solution.
     The others: see `train_step`.
+
+  With warmup.train='mtp' only the MTP modules are differentiated, and how
+  often their argmax is the main head's is among the metrics.
   """
+  alone = config.warmup.train == 'mtp'
   responses = config.rollout.max_response
   mask = batch.valid[:, -responses:]
   head_mask = logprobs.head_mask(batch.valid, responses, config.mtp.heads)
 
-  def loss_fn(params):
-    out = forward.score(params, batch.tokens, batch.valid, config=config,
-                vocab_size=vocab_size)
+  def loss_fn(trained):
+    out = forward.score({**state.params, **trained}, batch.tokens, batch.valid,
+                        config=config, vocab_size=vocab_size, acceptance=alone)
     main = masked.mean(-out.main, mask)
     ahead = mtp_loss.cross_entropy(out.heads, head_mask)
     total = main + config.warmup.mtp_coef * jnp.sum(ahead) / max(
         config.mtp.heads, 1)
     metrics = {f'mtp_{k + 1}/loss': x for k, x in enumerate(ahead)}
+    if alone:
+      agree = masked.mean(out.top1.astype(jnp.float32), head_mask, axis=(0, 1))
+      metrics |= {f'mtp_{k + 1}/accept_top1': x for k, x in enumerate(agree)}
     return total, metrics | {'warmup/loss': main}
 
-  grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+  trained = tree.head(state.params) if alone else state.params
+  grads, metrics = jax.grad(loss_fn, has_aux=True)(trained)
+  grads = {**jax.tree.map(jnp.zeros_like, state.params), **grads}
   metrics |= {'grad_norm/policy': tree.norm(tree.shared(grads)),
               'grad_norm/mtp': tree.norm(tree.head(grads)),
               'lr': jnp.asarray(rate(state.step), jnp.float32)}
@@ -128,8 +137,9 @@ def make(config, vocab_size, mesh, phase='rl'):
   else:
     step, lr, updates = supervised_step, config.warmup.lr, config.warmup.steps
     train_head = True
+  train_shared = phase == 'rl' or config.warmup.train == 'all'
   rate = optim.schedule(lr, config.optim, updates)
-  transform = optim.make(config.optim, rate, train_head)
+  transform = optim.make(config.optim, rate, train_head, train_shared)
 
   def init(key):
     net = forward.network(config, vocab_size)

@@ -9,14 +9,12 @@ import contextlib
 import functools
 import json
 import os
-import sys
 import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from mtp_rl import (
   checkpoint,
@@ -29,6 +27,7 @@ from mtp_rl import (
   tokenizers,
   train_step,
   validate,
+  warmup,
 )
 from mtp_rl import config as config_lib
 from mtp_rl.rollout import experience, sampler
@@ -52,8 +51,8 @@ class Run(NamedTuple):
 
   @property
   def vocab_size(self):
-    """V, of the task's tokenizer."""
-    return self.task.tokenizer.vocab_size
+    """V, rows of the token table."""
+    return self.config.model.vocab_size or self.task.tokenizer.vocab_size
 
 
 def setup(config, workdir):
@@ -82,16 +81,19 @@ def setup(config, workdir):
     sampler.check_prompt(example.prompt,
                          len(task.tokenizer.encode(example.prompt)),
                          config.rollout.max_prompt)
-    if config.warmup.steps and example.solution:
+    if (config.warmup.steps and config.warmup.data == 'solutions'
+        and example.solution):
       sampler.pad_supervised([example], task.tokenizer,
                              config.rollout.max_prompt,
                              config.rollout.max_response)
+  run = Run(config, workdir, task, mesh, jax.random.key(config.seed))
+  warmup.check(run)
   metrics.write_json(path, config_lib.to_dict(config))
   metrics.write_json(os.path.join(workdir, 'tokenizer.json'),
                      task.tokenizer.to_dict())
   if hasattr(task, 'report'):
     metrics.write_json(os.path.join(workdir, 'data.json'), task.report)
-  return Run(config, workdir, task, mesh, jax.random.key(config.seed))
+  return run
 
 
 def _finished_warmup(workdir):
@@ -114,53 +116,6 @@ def load_tokenizer(workdir):
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise config_lib.ConfigError(
         f'{path} cannot be read ({e}); name the workdir of a run') from e
-
-
-def _bar(run, total, start, name):
-  return tqdm.tqdm(total=total, initial=start, desc=name, file=sys.stderr,
-                   disable=not run.config.run.progress, dynamic_ncols=True,
-                   mininterval=.2 if sys.stderr.isatty() else 10.)
-
-
-def warmup(run, stopped):
-  """Train on the task's solutions; return the parameters, None if stopped."""
-  config = run.config
-  directory = run.path('checkpoints', 'warmup')
-  if config.warmup.init:
-    directory = os.path.join(config.warmup.init, 'checkpoints', 'warmup')
-  steps = train_step.make(config, run.vocab_size, run.mesh, 'warmup')
-  saved = checkpoint.Checkpoints(directory, keep=1)
-  with contextlib.closing(saved):
-    if config.warmup.init:
-      return saved.restore(steps.abstract, params_only=True)
-    start = saved.latest()
-    state = (steps.init(jax.random.fold_in(run.key, 1)) if start is None
-             else saved.restore(steps.abstract))
-    start = start or 0
-    if start >= config.warmup.steps:
-      return state.params
-    writer = metrics.Writer(run.path('warmup.jsonl'), run.path('events'), start)
-    with contextlib.closing(writer), _bar(run, config.warmup.steps, start,
-                                          'warm-up') as bar:
-      for step in range(start + 1, config.warmup.steps + 1):
-        batch = sampler.pad_supervised(
-            run.task.supervised(step, config.warmup.batch), run.task.tokenizer,
-            config.rollout.max_prompt, config.rollout.max_response)
-        state, values = steps.update(state, batch)
-        if step % 20 == 0 or step == config.warmup.steps:
-          row = writer.write(step, values)
-          if row['warmup/loss'] is None:
-            raise config_lib.ConfigError(
-                f'the warm-up diverged at step {step}; lower warmup.lr='
-                f'{config.warmup.lr}')
-          bar.set_postfix(loss=f'{row["warmup/loss"]:.3f}', refresh=False)
-        bar.update()
-        last = step == config.warmup.steps or stopped()
-        if last or step % config.run.checkpoint_every == 0:
-          saved.save(step, state)
-        if last:
-          break
-  return None if step < config.warmup.steps else state.params
 
 
 def _update(run, steps, state, batch):
@@ -239,8 +194,8 @@ def rl(run, warm_params, stopped):
     start, shown = 0, functions.evaluate(state.params)
     writer.write(0, shown)
     saved.save(0, state)
-  with contextlib.closing(saved), contextlib.closing(writer), _bar(
-      run, config.rl.steps, start, 'RL') as bar:
+  with contextlib.closing(saved), contextlib.closing(writer), metrics.progress(
+      config, config.rl.steps, start, 'RL') as bar:
     for step in range(start + 1, config.rl.steps + 1):
       began = time.perf_counter()
       batch, values, rows = functions.collect(state.params, reference, step)
@@ -317,7 +272,7 @@ def pretrain(config, workdir):
   """Run the warm-up alone; return whether it is done."""
   run = setup(config, workdir)
   with _running(run) as stopped:
-    return warmup(run, stopped) is not None
+    return warmup.train(run, stopped) is not None
 
 
 def train(config, workdir):
@@ -332,7 +287,7 @@ def train(config, workdir):
   """
   run = setup(config, workdir)
   with _running(run) as stopped:
-    params = warmup(run, stopped)
+    params = warmup.train(run, stopped)
     done = params is not None and rl(run, params, stopped)
   return finish(run, done)
 

@@ -19,6 +19,8 @@ CHOICES = {
     'rl.loss': ('ppo', 'gspo', 'cispo'),
     'rl.aggregation': masked.AGGREGATIONS,
     'rl.kl_kind': ('k1', 'k2', 'k3'),
+    'warmup.train': ('all', 'mtp'),
+    'warmup.data': ('solutions', 'samples'),
     'optim.clip_mode': ('separate', 'joint'),
     'optim.schedule': ('constant', 'cosine', 'linear'),
     'task.name': ('arithmetic', 'math', 'path_finding', 'reasoning_gym',
@@ -72,8 +74,54 @@ def _validate_mtp(config):
         f'and cross_fitted, but occ.estimator={o.estimator}; set occ.scope=all')
   _need(m.kind == 'sequential' or not m.detach_embedding,
         'mtp.kind=parallel reads no embedding; set mtp.detach_embedding=false')
+  _need(m.kind == 'sequential' or m.concat == 'h_emb',
+        f'mtp.kind=parallel joins no embedding, but mtp.concat={m.concat}; '
+        'set mtp.concat=h_emb')
   _need(o.lambda_plus > 0, f'occ.lambda_plus={o.lambda_plus} must be positive')
   _need(0 <= o.ema < 1, f'occ.ema={o.ema} must lie in [0, 1)')
+
+
+def _validate_start(config):
+  w, m = config.warmup, config.model
+  _need(w.train == 'all' or config.mtp.heads,
+        'warmup.train=mtp trains MTP modules, but mtp.heads=0; set mtp.heads=1')
+  _need(w.data == 'solutions' or w.train == 'mtp',
+        'warmup.data=samples imitates a policy that must stay as it is; set '
+        'warmup.train=mtp')
+  _need(not (m.pretrained and w.init),
+        f'model.pretrained={m.pretrained} and warmup.init={w.init} both give '
+        'the first parameters; set one of them')
+  _need(m.pretrained or not config.mtp.fresh,
+        'mtp.fresh=true adds modules to pretrained weights, but '
+        'model.pretrained is empty; set it, or mtp.fresh=false')
+
+
+def _validate_experts(m):
+  if not m.experts:
+    _need(not (m.experts_per_token or m.expert_ff or m.shared_experts
+               or m.dense_layers),
+          'model.experts_per_token, expert_ff, shared_experts and dense_layers '
+          'are read with experts only, but model.experts=0; set model.experts')
+    return
+  _need(1 <= m.experts_per_token <= m.experts,
+        f'model.experts_per_token={m.experts_per_token} must lie between 1 and '
+        f'model.experts={m.experts}')
+  _need(m.expert_ff > 0, f'model.expert_ff={m.expert_ff} must be positive')
+  _need(m.dense_layers < m.n_layers,
+        f'model.dense_layers={m.dense_layers} leaves no layer of model.n_layers'
+        f'={m.n_layers} to the experts; set model.experts=0')
+  groups, top = m.router_groups, m.router_top_groups
+  _need(groups > 0 and m.experts % groups == 0,
+        f'model.experts={m.experts} does not split into model.router_groups='
+        f'{groups}; make it a multiple')
+  _need(1 <= top <= groups, f'model.router_top_groups={top} must lie between 1 '
+        f'and model.router_groups={groups}')
+  size = m.experts // groups
+  _need(top == groups or size >= 2, f'model.router_groups={groups} leaves '
+        f'{size} expert in each, but a group is ranked by two; set fewer')
+  _need(top * size >= m.experts_per_token,
+        f'model.router_top_groups={top} leaves {top * size} experts to choose '
+        f'model.experts_per_token={m.experts_per_token} from; set it higher')
 
 
 def _validate_batch(config):
@@ -82,31 +130,38 @@ def _validate_batch(config):
         f'rl.prompts={r.prompts} does not split into rl.minibatches='
         f'{r.minibatches}; make it a multiple')
   rows = r.prompts // r.minibatches * r.group
-  if config.occ.estimator == 'cross_fitted':
+  if config.occ.estimator in config_lib.IN_PARTS:
     n = config.occ.pieces
-    _need(n >= 2 and r.prompts // r.minibatches % n == 0,
+    _need(r.prompts // r.minibatches % n == 0,
           f'occ.pieces={n} disjoint parts need as many prompts each, but a '
           f'minibatch has {r.prompts // r.minibatches}; set occ.pieces to a '
-          'divisor of at least 2')
+          'divisor')
+    _need(n >= 2 or config.occ.estimator != 'cross_fitted',
+          'occ.estimator=cross_fitted holds disjoint parts against each '
+          'other, but occ.pieces=1; set occ.pieces >= 2')
     _need(rows // n % r.microbatches == 0,
           f'a part of {rows // n} rows (occ.pieces={n}) does not split into '
           f'rl.microbatches={r.microbatches}; make it a divisor')
+    devices = mesh.data * mesh.fsdp
+    _need(rows // n // r.microbatches % devices == 0,
+          f'a part of {rows // n} rows (occ.pieces={n}) in rl.microbatches='
+          f'{r.microbatches} does not divide over the mesh (mesh.data * '
+          f'mesh.fsdp = {devices}); set fewer occ.pieces')
   _need(rows % r.microbatches == 0,
         f'a minibatch of {rows} rows does not split into rl.microbatches='
         f'{r.microbatches}; make it a divisor')
-  devices = mesh.data * mesh.fsdp
+  devices = mesh.data * mesh.fsdp * mesh.expert
+  split = f'mesh.data * mesh.fsdp * mesh.expert = {devices}'
   _need(rows // r.microbatches % devices == 0,
         f'a microbatch of {rows // r.microbatches} rows does not divide over '
-        f'the mesh (mesh.data * mesh.fsdp = {devices}); change rl.prompts, '
+        f'the mesh ({split}); change rl.prompts, '
         'rl.group, rl.minibatches, rl.microbatches or the mesh')
   _need(r.prompts % devices == 0,
-        f'rl.prompts={r.prompts} does not divide over the mesh (mesh.data * '
-        f'mesh.fsdp = {devices})')
+        f'rl.prompts={r.prompts} does not divide over the mesh ({split})')
   batch = config.warmup.batch
   _need(not config.warmup.steps or batch % (devices * r.microbatches) == 0,
         f'warmup.batch={batch} does not split into rl.microbatches='
-        f'{r.microbatches} over the mesh (mesh.data * mesh.fsdp = {devices}); '
-        'make it a multiple')
+        f'{r.microbatches} over the mesh ({split}); make it a multiple')
   _need(r.advantage != 'rloo' or r.group > 1,
         'rl.advantage=rloo leaves one sample out of its group, but '
         'rl.group=1; set rl.group >= 2')
@@ -137,14 +192,16 @@ def validate(config):
       'model': ('d_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_ff',
                 'rope_theta', 'norm_eps'),
       'rl': ('prompts', 'group', 'minibatches', 'microbatches', 'lr'),
-      'warmup': ('batch', 'lr'), 'rollout': ('max_prompt', 'max_response'),
+      'warmup': ('batch', 'lr', 'pool', 'pool_steps'),
+      'rollout': ('max_prompt', 'max_response'),
       'occ': ('probe_every', 'pieces'), 'eval': ('every', 'samples', 'batch'),
-      'mesh': ('data', 'fsdp', 'model'),
+      'mesh': ('data', 'fsdp', 'model', 'expert'),
       'run': ('checkpoint_every', 'keep'),
       'task': ('held_out', 'timeout_s', 'processes', 'largest'),
   }
   natural = {
-      'model': ('head_dim', 'head_chunk'),
+      'model': ('head_dim', 'head_chunk', 'vocab_size', 'experts',
+                'shared_experts', 'dense_layers'),
       'mtp': ('heads', 'coef', 'head_coef'), 'occ': ('guard',),
       'rl': ('steps', 'clip_low', 'clip_high', 'dual_clip', 'kl_coef',
              'tis_cap', 'dynamic_sampling', 'overlong_buffer',
@@ -166,9 +223,11 @@ def validate(config):
   _need(m.head_dim or m.d_model % m.n_heads == 0,
         f'model.d_model={m.d_model} is no multiple of model.n_heads='
         f'{m.n_heads}; set model.head_dim')
-  channels = m.head_dim or m.d_model // m.n_heads
-  _need(channels % 2 == 0, f'a head of {channels} channels cannot be rotated; '
-        'model.head_dim must be even')
+  _need(0 < m.rotary <= 1, f'model.rotary={m.rotary} must lie in (0, 1]')
+  channels = int((m.head_dim or m.d_model // m.n_heads) * m.rotary)
+  _need(channels and channels % 2 == 0, f'a head turns {channels} channels, '
+        'but their number must be even; change model.head_dim or model.rotary')
+  _validate_experts(m)
   _need(0 < config.rollout.top_p <= 1,
         f'rollout.top_p={config.rollout.top_p} must lie in (0, 1]')
   _need(config.rollout.temperature > 0,
@@ -176,3 +235,4 @@ def validate(config):
         'set it above 0 (evaluation is greedy by itself)')
   _validate_mtp(config)
   _validate_batch(config)
+  _validate_start(config)

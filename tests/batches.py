@@ -21,7 +21,8 @@ def config(regime='occ', **sections):
   extra = sections.pop('occ', {})
   if regime in config_lib.ESTIMATORS:
     mtp['regime'] = 'occ'
-    extra = dict(estimator=regime, eta=.1) | extra
+    pieces = 2 if regime == 'cross_fitted' else 1
+    extra = dict(estimator=regime, eta=.1, pieces=pieces) | extra
   return conftest.tiny_config(mtp=mtp, occ=extra, **sections)
 
 

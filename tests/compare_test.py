@@ -108,6 +108,7 @@ def test_free_variants():
     ('cache:', (), 'cannot be called cache'),
     ('a:seed=3', (), 'seed'),
     ('a:mtp.heads=2', (), 'share one warm-up'),
+    ('a:mtp.kind=parallel', (), 'share one warm-up'),
     ('a:rl.loss=gspo', (), 'variant a: rl.loss=gspo has no dual clip'),
     ('a:;a:rl.lr=1', (), 'two variants are called a'),
     ('a:rl.lr=1', ('rl.lr',), '--config.rl.lr is overruled by variant a'),

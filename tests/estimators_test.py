@@ -160,7 +160,7 @@ def _noisy(draws=4000, n=4, noise=3.):
   def one(rl, mtp):
     parts = [(rl[i], [mtp[i]]) for i in range(n)]
     same = jnp.sum(rl, 0) @ jnp.sum(mtp, 0)
-    return occ.cross_products(parts, jnp.dot)[0], same
+    return occ.cross_products(parts, same[None], jnp.dot)[0], same
 
   cross, same = jax.jit(jax.vmap(one))(g_rl, g_mtp)
   return np.asarray(cross), np.asarray(same), b @ g[:, 0], noise ** 2 * N / n

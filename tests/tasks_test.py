@@ -8,7 +8,7 @@ import pytest
 
 from mtp_rl import config as config_lib
 from mtp_rl import tasks
-from mtp_rl.tasks import arithmetic, workers
+from mtp_rl.tasks import generated, workers
 
 
 def _make(seed=0, **kw):
@@ -44,7 +44,7 @@ def test_no_held_out_prompt_is_trained_on():
   trained = {e.prompt for step in range(30) for e in
              task.prompts(step, 50) + task.supervised(step, 50)}
   assert len(held_out) == 40 and not held_out & trained
-  assert all(arithmetic.is_held_out(p) for p in held_out)
+  assert all(generated.is_held_out(p) for p in held_out)
 
 
 def test_noise_is_as_ordered():

@@ -66,7 +66,8 @@ def measuring_config(config, bound, pieces=None):
   Args:
     config: of the run.
     bound: lambda is searched in [-bound, bound].
-    pieces: disjoint parts of a minibatch; None: occ.pieces of the run.
+    pieces: disjoint parts of a minibatch; None: occ.pieces of the run, 2 or
+      more.
 
   Raises:
     config.ConfigError: the run has no MTP head, or `bound` is not positive.
@@ -82,7 +83,7 @@ def measuring_config(config, bound, pieces=None):
   config = copy.deepcopy(config)
   config.mtp.regime, config.occ.estimator = 'occ', 'cross_fitted'
   config.occ.lambda_min, config.occ.lambda_max = -bound, bound
-  config.occ.pieces = pieces or config.occ.pieces
+  config.occ.pieces = pieces or max(config.occ.pieces, 2)
   return config
 
 
@@ -105,12 +106,14 @@ def _alignment(parts, g_rl, g, scope):
   """
   dot = lambda a, b: tree.dot(tree.scope(a, scope), tree.scope(b, scope))
   products = occ.gradient_products(g_rl, g, dot)
-  square = lambda xs: occ.cross_products([(x, [x]) for x in xs], dot)[0]
-  return {'c': products.c, 'v2': jnp.diagonal(products.gram),
-          'rl': products.rl, 'c_cross': occ.cross_products(parts, dot),
-          'v2_cross': jnp.stack([square([heads[k] for _, heads in parts])
+  square = lambda xs, whole: occ.cross_products(
+      [(x, [x]) for x in xs], whole[None], dot)[0]
+  v2 = jnp.diagonal(products.gram)
+  return {'c': products.c, 'v2': v2, 'rl': products.rl,
+          'c_cross': occ.cross_products(parts, products.c, dot),
+          'v2_cross': jnp.stack([square([heads[k] for _, heads in parts], v2[k])
                                  for k in range(len(g))]),
-          'rl_cross': square([rl for rl, _ in parts])}
+          'rl_cross': square([rl for rl, _ in parts], products.rl)}
 
 
 def predictions(lams, alignment, gram, curvature, eta, smoothness):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import tqdm
 
-from mtp_rl import checkpoint, metrics, trainer, validate
+from mtp_rl import checkpoint, metrics, trainer, validate, warmup
 from mtp_rl import config as config_lib
 from mtp_rl.diagnose import figures, measure, summary
 
@@ -32,7 +32,7 @@ def _reference(run):
     raise config_lib.ConfigError(
         f'{where} does not exist, but rl.kl_coef={config.rl.kl_coef} needs '
         'the warm-up\'s parameters; put that checkpoint back')
-  return trainer.warmup(run, lambda: True)
+  return warmup.train(run, lambda: True)
 
 
 def _note(run, steps):

@@ -37,7 +37,7 @@ class Module(nn.Module):
     pair = (h, e) if self.concat == 'h_emb' else (e, h)
     u = transformer.Linear(m.d_model, dtype=jnp.dtype(m.dtype), name='proj')(
         jnp.concatenate(pair, -1))
-    block = transformer.Block(m, name='block')
+    block = transformer.Block(m, bool(m.experts), name='block')
     (x, _), _ = block((u, None), 0, angles, mask, 0)
     return transformer.RMSNorm(m.norm_eps, name='final_norm')(x)
 
@@ -48,7 +48,8 @@ class ParallelModule(nn.Module):
 
   @nn.compact
   def __call__(self, hidden, angles, mask):
-    block = transformer.Block(self.model, name='block')
+    block = transformer.Block(self.model, bool(self.model.experts),
+                              name='block')
     (x, _), _ = block((hidden, None), 0, angles, mask, 0)
     return transformer.RMSNorm(self.model.norm_eps, name='final_norm')(x)
 
@@ -99,7 +100,8 @@ class Decoder(nn.Module):
 
   def _angles(self, positions):
     return transformer.rope_angles(
-        positions, transformer.head_channels(self.model), self.model.rope_theta)
+        positions, transformer.rotary_channels(self.model),
+        self.model.rope_theta)
 
   def __call__(self, tokens, valid, heads=True):
     """Return the hidden states that the output head reads.

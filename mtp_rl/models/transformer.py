@@ -1,5 +1,8 @@
 """A pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
+With `model.experts` the SwiGLU of all but the first `model.dense_layers` is a
+mixture of experts (`moe.py`).
+
 Everything above this room sees `params`, a plain nested dict with the top
 level keys 'embed', 'blocks' (layers stacked on axis 0), 'final_norm',
 'lm_head' (untied only) and 'mtp' (K > 0 only). The key-value cache is an
@@ -14,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_rl import sharding
+from mtp_rl.models import moe
 
 
 class Cache(NamedTuple):
@@ -57,17 +61,30 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(positions, channels, theta):
-  """Return cos and sin of the rotary angles, float32 [B, T, 1, C/2] each."""
+  """Return cos and sin of the rotary angles, float32 [B, T, 1, C/2] each.
+
+  Args:
+    positions: int32 [B, T].
+    channels: C, those of a head that are turned (`rotary_channels`).
+    theta: base of the frequencies theta^(-2c / C).
+  """
   frequency = theta ** (-jnp.arange(0, channels, 2, jnp.float32) / channels)
   angles = positions[..., None, None].astype(jnp.float32) * frequency
   return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x, cos, sin):
-  """Apply RoPE to [B, T, heads, C], first half paired with second half."""
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin],
-                         -1).astype(x.dtype)
+  """Apply RoPE to [B, T, heads, C], first half paired with second half.
+
+  Where the angles are for fewer channels, the rest passes as it is.
+  """
+  turned = 2 * cos.shape[-1]
+  a, b = jnp.split(x[..., :turned].astype(jnp.float32), 2, axis=-1)
+  y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin],
+                      -1).astype(x.dtype)
+  if turned == x.shape[-1]:
+    return y
+  return jnp.concatenate([y, x[..., turned:]], -1)
 
 
 def attend(query, key, value, mask):
@@ -149,9 +166,11 @@ class Block(nn.Module):
   """Attention and SwiGLU, each behind a norm and a residual.
 
   The carry is (x [B, T, D], cache or None); `layer` indexes the cache,
-  `column` is where its new keys go. Called under `nn.scan`.
+  `column` is where its new keys go. Called under `nn.scan`. A sparse block
+  has `moe.Experts`, and the experts that all tokens share as its SwiGLU.
   """
   config: object  # config.Model
+  sparse: bool = False
 
   @nn.compact
   def __call__(self, carry, layer, angles, mask, column):
@@ -163,25 +182,40 @@ class Block(nn.Module):
         layer, column)
     x = x + y
     y = RMSNorm(m.norm_eps, name='mlp_norm')(x)
-    y = nn.silu(linear(m.d_ff, name='gate')(y)) * linear(m.d_ff, name='up')(y)
-    x = sharding.constrain_batch(x + linear(m.d_model, name='down')(y))
-    return (x, cache), None
+    width = m.shared_experts * m.expert_ff if self.sparse else m.d_ff
+    if self.sparse:
+      valid = jnp.diagonal(mask, axis1=1, axis2=2)  # read in full forwards
+      x = x + moe.Experts(m, name='experts')(y, valid)
+    if width:
+      z = nn.silu(linear(width, name='gate')(y)) * linear(width, name='up')(y)
+      x = x + linear(m.d_model, name='down')(z)
+    return (sharding.constrain_batch(x), cache), None
 
 
 class Stack(nn.Module):
-  """n_layers blocks under one scan, their parameters stacked on axis 0."""
+  """n_layers blocks, scanned, their parameters stacked on axis 0.
+
+  'layers' holds them all, or those behind the first dense ones, 'dense'.
+  """
   config: object  # config.Model
 
   @nn.compact
   def __call__(self, carry, angles, mask, column):
     m = self.config
     block = rematerialised(Block, m.remat)
-    scanned = nn.scan(
-        block, variable_axes={'params': 0}, split_rngs={'params': True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-        length=m.n_layers)
-    layers = jnp.arange(m.n_layers)
-    carry, _ = scanned(m, name='layers')(carry, layers, angles, mask, column)
+    dense = m.dense_layers if m.experts else 0
+    for name, layers, sparse in (
+        ('dense', jnp.arange(dense), False),
+        ('layers', jnp.arange(dense, m.n_layers), bool(m.experts))):
+      if not layers.size:
+        continue
+      scanned = nn.scan(
+          block, variable_axes={'params': 0, moe.LOAD: 0},
+          split_rngs={'params': True},
+          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+          length=layers.size)
+      carry, _ = scanned(m, sparse, name=name)(carry, layers, angles, mask,
+                                               column)
     return carry
 
 
@@ -202,6 +236,11 @@ class Embedding(nn.Module):
 def head_channels(model_config):
   """Return C, the channels of one attention head."""
   return model_config.head_dim or model_config.d_model // model_config.n_heads
+
+
+def rotary_channels(model_config):
+  """Return the channels of one head that RoPE turns."""
+  return int(head_channels(model_config) * model_config.rotary)
 
 
 def positions_of(valid):

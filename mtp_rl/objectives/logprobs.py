@@ -20,12 +20,15 @@ class LogProbs(NamedTuple):
     entropy: of the main head in nats (None where it was not asked for).
     top1: True where an MTP head's argmax is the main head's (or None).
     overlap: sum_v min(p, q_k), the acceptance of speculative sampling (None).
+    load: int32 [B, L, E], valid tokens of a row that took each expert of each
+      sparse layer of the trunk (None without experts).
   """
   main: jax.Array | None
   heads: jax.Array
   entropy: jax.Array | None = None
   top1: jax.Array | None = None
   overlap: jax.Array | None = None
+  load: jax.Array | None = None
 
 
 def response_states(hidden, depth, responses):

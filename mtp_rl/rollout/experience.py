@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from mtp_rl import types
+from mtp_rl.models import moe
 from mtp_rl.objectives import advantages as advantages_lib
 from mtp_rl.objectives import logprobs
 from mtp_rl.rollout import sampler
@@ -169,6 +170,8 @@ def describe(batch, old, rewards, group, ends):
       'actor/entropy': (old.entropy * mask).sum() / tokens,
       'rollout/logprob_gap_max': np.abs(
           (old.main - batch.sampler) * mask).max()}
+  if old.load is not None:
+    out |= moe.balance(old.load)
   heads = old.heads.shape[-1]
   if heads:
     seen = np.asarray(logprobs.head_mask(batch.valid, mask.shape[1], heads))

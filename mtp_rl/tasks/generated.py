@@ -7,7 +7,7 @@ import numpy as np
 from mtp_rl import tokenizers
 
 HELD_OUT_SHARE = 8  # one prompt in 8, by checksum, is never trained on
-_TRAIN, _SUPERVISED, _TEST, _PROBE = range(4)
+TRAIN, SUPERVISED, PROBE, TEST = range(4)  # streams of random numbers
 
 
 def is_held_out(prompt):
@@ -19,7 +19,7 @@ class Generated:
   """Members of `tasks.Task`, but for what a subclass adds.
 
   A subclass gives `draw(rng)`, a `types.Example` with its solution, and
-  `score(example, text)`, the reward of a stripped completion.
+  `score(example, answer)`, the reward of what `extract` returns.
   """
 
   def __init__(self, name, characters, seed, held_out):
@@ -33,7 +33,7 @@ class Generated:
     """
     self.tokenizer = tokenizers.CharTokenizer(characters)
     self._name, self._seed = name, seed
-    rng, test = self._rng(_TEST, 0), {}
+    rng, test = self._rng(TEST, 0), {}
     # A task with few prompts runs out of new ones: the number of draws ends.
     for _ in range(8 * HELD_OUT_SHARE * held_out):
       if len(test) == held_out:
@@ -46,21 +46,26 @@ class Generated:
   def _rng(self, stream, step):
     return np.random.default_rng([self._seed, stream, step])
 
-  def _batch(self, stream, step, count):
+  def _batch(self, stream, step, count, finish=lambda example, rng: example):
     rng, out = self._rng(stream, step), []
     while len(out) < count:
       example = self.draw(rng)
       if not is_held_out(example.prompt):
-        out.append(example)
+        out.append(finish(example, rng))
     return out
 
   def prompts(self, step, count):
     """Return training problems."""
-    return self._batch(_TRAIN, step, count)
+    return self._batch(TRAIN, step, count)
 
   def supervised(self, step, count):
     """Return training problems with solutions, of a stream of their own."""
-    return self._batch(_SUPERVISED, step, count)
+    return self._batch(SUPERVISED, step, count, self.teach)
+
+  def teach(self, example, rng):
+    """Return the example as the warm-up shows it."""
+    del rng
+    return example
 
   def held_out(self):
     """Return the one evaluation set by the task's name."""
@@ -68,7 +73,7 @@ class Generated:
 
   def probe(self):
     """Return one problem; a task of several lengths returns its longest."""
-    return self._batch(_PROBE, 0, 1)
+    return self._batch(PROBE, 0, 1)
 
   def extract(self, completion):
     """Return the whole completion, stripped."""

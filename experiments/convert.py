@@ -1,0 +1,71 @@
+"""Convert weights: Hugging Face folder or GGUF file <-> a run's checkpoints.
+
+    python -m experiments.convert --source=FOLDER_OR_GGUF --workdir=DIR \
+        --config=configs/CONFIG.py
+    python -m experiments.convert --target=FOLDER --workdir=DIR
+
+The first writes the checkpoint that a run of this config starts from; other
+runs take it by --config.warmup.init=DIR. The second writes the parameters of a
+run's latest checkpoint (--phase, --step for others) as config.json and
+*.safetensors, the MTP modules included.
+"""
+
+import contextlib
+import dataclasses
+import os
+
+from absl import flags
+
+from experiments import launch
+from mtp_rl import config as config_lib
+
+_CONFIG = launch.define_config(required=False)
+_SOURCE = flags.DEFINE_string('source', None, 'Folder or .gguf file to read.')
+_TARGET = flags.DEFINE_string('target', None, 'Folder to write.')
+_PHASE = flags.DEFINE_enum('phase', 'rl', ['rl', 'warmup'], 'Whose checkpoint.')
+_STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default: the latest.')
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'],
+                           'Of the written tensors; float32 is exact.')
+
+
+def _read():
+  """Write the first checkpoint of a run from published weights."""
+  from mtp_rl import trainer
+  config = _CONFIG.value
+  if config is None:
+    raise config_lib.ConfigError('--source needs --config, which says the '
+                                 'model, the task and the tokenizer')
+  config.model.pretrained, config.warmup.steps = _SOURCE.value, 0
+  trainer.pretrain(config, launch.WORKDIR.value)
+  print(f'see {launch.WORKDIR.value}/checkpoints/warmup/0')
+
+
+def _write():
+  """Write published weights from a run's checkpoint."""
+  import jax
+
+  from mtp_rl import checkpoint, train_step, trainer
+  from mtp_rl.models import pretrained
+  config = config_lib.load(os.path.join(launch.WORKDIR.value, 'config.json'))
+  run = trainer.reopen(config, launch.WORKDIR.value)
+  where = trainer.checkpoints(run, _PHASE.value)
+  model = dataclasses.replace(config.model, vocab_size=run.vocab_size)
+  pretrained.new_folder(_TARGET.value, model, config.mtp)
+  with jax.set_mesh(run.mesh), contextlib.closing(run.task):
+    steps = train_step.make(config, run.vocab_size, run.mesh, _PHASE.value)
+    saved = checkpoint.Checkpoints(where, config.run.keep)
+    with contextlib.closing(saved):
+      params = saved.restore(steps.abstract, _STEP.value, params_only=True)
+    pretrained.save(_TARGET.value, params, model, config.mtp, _DTYPE.value)
+  print(f'see {_TARGET.value}')
+
+
+def main():
+  """Convert in the direction that the flags name."""
+  if (_SOURCE.value is None) == (_TARGET.value is None):
+    raise config_lib.ConfigError('name one of --source and --target')
+  (_read if _SOURCE.value is not None else _write)()
+
+
+if __name__ == '__main__':
+  launch.run(main)

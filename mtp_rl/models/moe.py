@@ -1,0 +1,195 @@
+"""The expert layer: a sigmoid router and experts that see their tokens alone.
+
+    s = sigmoid(x R)                        scores of all E experts, float32
+    chosen = top-k of s + b                 b: correction bias, no gradient
+    w = s_chosen [/ sum s_chosen] * scale
+    y = sum_chosen w_e down_e(silu(gate_e x) * up_e x)
+
+With groups, only the experts of the best groups can be chosen; a group's
+rank is the sum of its two largest s + b. Source: DeepSeek-V3
+(arXiv 2412.19437, equations 12-16), GLM-4.5 (arXiv 2508.06471).
+
+Copies of the tokens are sorted by expert and meet the stacked matrices in
+`jax.lax.ragged_dot`: on TPU and GPU the work of the chosen experts only; on
+CPU XLA expands it to all E.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from mtp_rl import sharding
+
+LOAD = 'load'  # the collection that `Experts` sows into, where mutable
+
+
+def load(variables):
+  """Return the trunk's loads, int32 [B, L, E], or None without experts.
+
+  Args:
+    variables: what a forward pass with `LOAD` mutable returned.
+  """
+  if 'blocks' not in variables.get(LOAD, {}):
+    return None
+  return variables[LOAD]['blocks']['layers']['experts']['tokens'].swapaxes(0, 1)
+
+
+def balance(loads):
+  """Return metrics of `load`: fractions of a layer's choices, 1 is fair.
+
+  Args:
+    loads: int [B, L, E] NumPy array.
+
+  Returns:
+    dict of moe/load_max and moe/load_min, a layer's busiest and idlest expert
+    times E, means over layers.
+  """
+  share = loads.sum(0) / np.maximum(loads.sum((0, 2))[:, None], 1)
+  return {'moe/load_max': float(share.max(1).mean() * loads.shape[2]),
+          'moe/load_min': float(share.min(1).mean() * loads.shape[2])}
+
+
+def route(x, router, bias, m):
+  """Return each token's experts and their weights.
+
+  Args:
+    x: [N, D], tokens.
+    router: float32 [D, E].
+    bias: float32 [E], added for the choice alone.
+    m: `config.Model`.
+
+  Returns:
+    int32 [N, k] and float32 [N, k], k = experts_per_token.
+  """
+  scores = jax.nn.sigmoid(jnp.matmul(x.astype(jnp.float32), router))
+  choice = jax.lax.stop_gradient(scores + bias)
+  if m.router_top_groups < m.router_groups:
+    grouped = choice.reshape(len(x), m.router_groups, -1)
+    rank = jnp.sum(jax.lax.top_k(grouped, 2)[0], -1)
+    best = jax.lax.top_k(rank, m.router_top_groups)[1]
+    kept = jnp.any(best[..., None] == jnp.arange(m.router_groups), 1)
+    choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(
+        choice.shape)
+  chosen = jax.lax.top_k(choice, m.experts_per_token)[1]
+  weights = jnp.take_along_axis(scores, chosen, 1)
+  if m.norm_topk:
+    weights = weights / (jnp.sum(weights, -1, keepdims=True) + 1e-20)
+  return chosen, weights * m.router_scale
+
+
+def mixture(x, chosen, weights, gate, up, down, first=0):
+  """Return what a run of experts add to each token.
+
+  Args:
+    x: [N, D], tokens.
+    chosen: int32 [N, k].
+    weights: float32 [N, k].
+    gate, up: [e, D, F], of the experts first .. first + e - 1.
+    down: [e, F, D].
+    first: int32 [].
+
+  Returns:
+    float32 [N, D]; 0 for tokens that chose none of these experts.
+  """
+  count, k = gate.shape[0], chosen.shape[1]
+  local = chosen.reshape(-1) - first
+  local = jnp.where((local >= 0) & (local < count), local, count)
+  order = jnp.argsort(local)  # those of other experts come last
+  sizes = jnp.bincount(local, length=count + 1)[:count].astype(jnp.int32)
+  dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+  rows = x[order // k]
+  y = dot(jax.nn.silu(dot(rows, gate)) * dot(rows, up), down,
+          preferred_element_type=jnp.float32)
+  y = jnp.where((local < count)[order, None], y, 0.)
+  y = y * weights.reshape(-1)[order, None]
+  return jnp.zeros(x.shape, jnp.float32).at[order // k].add(y)
+
+
+def _on_mesh(x, chosen, weights, gate, up, down):
+  """Run `mixture` with each device's own experts; see it for the arguments.
+
+  Experts live on 'expert', their inner width on 'model'. The tokens of the
+  devices that share an expert axis meet on all of them, and the results are
+  summed back to where the tokens came from.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  whole = functools.partial(mixture, x, chosen, weights, gate, up, down)
+  if mesh.empty or mesh.size == 1:
+    return whole()
+  rows = 1
+  for axis in sharding.BATCH:
+    rows *= mesh.shape[axis]
+  if x.shape[0] % rows or gate.shape[0] % mesh.shape['expert'] or (
+      gate.shape[2] % mesh.shape['model']):
+    return whole()  # what does not divide is left to the compiler
+
+  def local(x, chosen, weights, gate, up, down):
+    meet = lambda y: jax.lax.all_gather(y, 'expert', tiled=True)
+    y = mixture(meet(x), meet(chosen), meet(weights), gate, up, down,
+                jax.lax.axis_index('expert') * gate.shape[0])
+    y = jax.lax.psum(y, 'model')
+    return jax.lax.psum_scatter(y, 'expert', tiled=True)
+
+  tokens = P(sharding.BATCH)
+  wide = P('expert', None, 'model')
+  return jax.shard_map(
+      local, in_specs=(tokens, tokens, tokens, wide, wide,
+                       P('expert', 'model')), out_specs=tokens)(
+                           x, chosen, weights, gate, up, down)
+
+
+class _Matrices(nn.Module):
+  """E stacked kernels, [E, inputs, outputs]."""
+  shape: tuple
+
+  @nn.compact
+  def __call__(self):
+    init = nn.initializers.lecun_normal(batch_axis=(0,))
+    return self.param('kernel', init, self.shape)
+
+
+class _Router(nn.Module):
+  """The router's matrix [D, E] and its correction bias [E]."""
+  shape: tuple
+
+  @nn.compact
+  def __call__(self):
+    kernel = self.param('kernel', nn.initializers.lecun_normal(), self.shape)
+    bias = self.param('bias', nn.initializers.zeros, self.shape[1:])
+    return kernel, jax.lax.stop_gradient(bias)
+
+
+class Experts(nn.Module):
+  """The routed experts of one layer.
+
+  Where the collection `LOAD` is mutable it receives int32 [B, E]: how many of
+  a row's valid tokens took each expert.
+  """
+  config: object  # config.Model
+
+  @nn.compact
+  def __call__(self, x, valid):
+    """Return what the experts add to x.
+
+    Args:
+      x: [B, T, D].
+      valid: bool [B, T], tokens that count for the load.
+    """
+    m = self.config
+    e, d, f = m.experts, m.d_model, m.expert_ff
+    flat = x.reshape(-1, d).astype(jnp.dtype(m.dtype))
+    chosen, weights = route(flat, *_Router((d, e), name='router')(), m)
+    kernels = [_Matrices(shape, name=name)().astype(flat.dtype)
+               for name, shape in (('gate', (e, d, f)), ('up', (e, d, f)),
+                                   ('down', (e, f, d)))]
+    if self.is_mutable_collection(LOAD) and not self.is_initializing():
+      taken = jax.nn.one_hot(chosen, e, dtype=jnp.int32).sum(1)
+      taken = taken.reshape(*x.shape[:2], e) * valid[..., None]
+      self.sow(LOAD, 'tokens', taken.sum(1), reduce_fn=lambda _, y: y,
+               init_fn=lambda: None)
+    y = _on_mesh(flat, chosen, weights, *kernels)
+    return y.reshape(x.shape).astype(x.dtype)

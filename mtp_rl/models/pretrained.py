@@ -1,0 +1,334 @@
+"""Pretrained weights: Hugging Face folders and GGUF files <-> parameters.
+
+One table says under which names a published checkpoint keeps each parameter;
+reading and writing both follow it. A tensor is read at a time, and of it the
+rows and columns that this process's devices hold; nothing is unpickled.
+MTP modules:
+
+    MiMo (and any dense model)   model.mtp_layers.<k-1>.*
+    GLM-4-MoE                    model.layers.<n_layers+k-1>.*
+"""
+
+import json
+import os
+import re
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import numpy as safe
+
+from mtp_rl import config as config_lib
+from mtp_rl import tree as tree_lib
+from mtp_rl.models import presets, sources
+
+_LAYER = {
+    'attention_norm': 'input_layernorm',
+    'attention/query': 'self_attn.q_proj', 'attention/key': 'self_attn.k_proj',
+    'attention/value': 'self_attn.v_proj', 'attention/out': 'self_attn.o_proj',
+    'attention/query_norm': 'self_attn.q_norm',
+    'attention/key_norm': 'self_attn.k_norm',
+    'mlp_norm': 'post_attention_layernorm'}
+_MLP = {name: f'{name}_proj' for name in ('gate', 'up', 'down')}
+_MODULES = {
+    'mimo': {'hidden_norm': 'hidden_layernorm',
+             'embedding_norm': 'token_layernorm', 'proj': 'input_proj',
+             'final_norm': 'final_layernorm'},
+    'glm4_moe': {'hidden_norm': 'hnorm', 'embedding_norm': 'enorm',
+                 'proj': 'eh_proj', 'final_norm': 'shared_head.norm'}}
+_TOP = {'embed': 'model.embed_tokens', 'final_norm': 'model.norm',
+        'lm_head': 'lm_head'}
+
+
+def _in_layer(module, sparse):
+  """Return the name inside a layer, '{}' where an expert's number goes."""
+  if module in _LAYER:
+    return _LAYER[module]
+  if module == 'experts/router':
+    return 'mlp.gate'
+  if module.startswith('experts/'):
+    return 'mlp.experts.{}.' + _MLP[module.split('/')[1]]
+  return ('mlp.shared_experts.' if sparse else 'mlp.') + _MLP[module]
+
+
+def _mtp_prefix(depth, m):
+  if m.experts:
+    return f'model.layers.{m.n_layers + depth - 1}.'
+  return f'model.mtp_layers.{depth - 1}.'
+
+
+def names(path, m):
+  """Return a checkpoint's names of one parameter.
+
+  Args:
+    path: '/'-joined path of the parameter.
+    m: `config.Model`.
+
+  Returns:
+    array of str, its shape the stacked leading dimensions of the parameter
+    (layers, experts), and whether each tensor is the transpose of ours.
+  """
+  *module, kind = path.split('/')
+  last = '.bias' if kind == 'bias' else '.weight'
+  if module[-2:] == ['experts', 'router'] and kind == 'bias':
+    last = '.e_score_correction_bias'
+  prefixes, sparse = None, bool(m.experts)
+  if module[0] == 'blocks':
+    dense = m.dense_layers if m.experts else 0
+    layers = range(dense, m.n_layers)
+    if module[1] == 'dense':
+      layers, sparse = range(dense), False
+    prefixes = [f'model.layers.{i}.' for i in layers]
+    name = _in_layer('/'.join(module[2:]), sparse)
+  elif module[0] == tree_lib.HEAD:
+    prefixes = _mtp_prefix(int(module[1].removeprefix('depth_')), m)
+    own = _MODULES['glm4_moe' if m.experts else 'mimo']
+    name = (own[module[2]] if module[2] in own
+            else _in_layer('/'.join(module[3:]), sparse))
+  else:
+    prefixes, name = _TOP[module[0]], ''
+  grid = np.asarray(prefixes, object)
+  if '{}' in name:
+    grid = np.asarray([[p + name.format(e) + last for e in range(m.experts)]
+                       for p in np.atleast_1d(grid)], object)
+    grid = grid if module[0] == 'blocks' else grid[0]
+  else:
+    grid = grid + (name + last)
+  return np.asarray(grid, object), kind == 'kernel'
+
+
+def _table(abstract, m):
+  """Return {path: (leaf, names, transposed)} of a tree of parameters."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
+  return {tree_lib.path(keys): (leaf, *names(tree_lib.path(keys), m))
+          for keys, leaf in leaves}
+
+
+def shapes(abstract, m):
+  """Return {checkpoint name: shape} of parameters (arrays or abstract)."""
+  out = {}
+  for leaf, grid, transposed in _table(abstract, m).values():
+    shape = leaf.shape[grid.ndim:]
+    out |= dict.fromkeys(grid.flat, shape[::-1] if transposed else shape)
+  return out
+
+
+def _copies(m, heads):
+  """Return {name: original} of tensors that repeat another."""
+  head = 'lm_head' if not m.tie_embeddings else 'model.embed_tokens'
+  out = {'lm_head.weight': head + '.weight'} if m.tie_embeddings else {}
+  if m.experts:
+    for depth in range(1, heads + 1):
+      prefix = _mtp_prefix(depth, m)
+      out[prefix + 'embed_tokens.weight'] = 'model.embed_tokens.weight'
+      out[prefix + 'shared_head.head.weight'] = head + '.weight'
+  return out
+
+
+def _left_out(name, m, heads):
+  """Whether a tensor is of a deeper MTP module, or a buffer of old files."""
+  pattern = (r'model\.layers\.(\d+)\.' if m.experts
+             else r'model\.mtp_layers\.(\d+)\.')
+  found = re.match(pattern, name)
+  first = m.n_layers if m.experts else 0
+  return name.endswith('rotary_emb.inv_freq') or bool(
+      found and int(found[1]) >= first + heads)
+
+
+def _compare(path, wanted, have, m, heads):
+  """Raise one ConfigError that lists every tensor that does not fit."""
+  copies = _copies(m, heads)
+  extra = sorted(n for n in have.keys() - wanted.keys() - copies.keys()
+                 if not _left_out(n, m, heads))
+  missing = sorted(wanted.keys() - have.keys())
+  odd = [f'{n} {tuple(have[n])} for {tuple(wanted[n])}'
+         for n in sorted(wanted.keys() & have.keys())
+         if tuple(have[n]) != tuple(wanted[n])]
+  parts = [f'{what}: {", ".join(some)}' for what, some in (
+      ('unknown', extra), ('missing', missing), ('of another shape', odd))
+      if some]
+  if parts:
+    raise config_lib.ConfigError(
+        f'the tensors of {path} are not those of the config\'s model; '
+        f'{"; ".join(parts)}; set model.* as the checkpoint has it')
+
+
+def _check_copies(path, source, m, heads, rows=4096):
+  for name, original in _copies(m, heads).items():
+    if name not in source.shapes:
+      continue
+    shape = source.shapes[original]
+    for start in range(0, shape[0], rows):
+      piece = (slice(start, min(start + rows, shape[0])), slice(0, shape[1]))
+      if source.shapes[name] != shape or not np.array_equal(
+          source.read(name, piece), source.read(original, piece)):
+        raise config_lib.ConfigError(
+            f'{name} of {path} differs from {original}, but the decoder shares '
+            'them; set mtp.heads=0 or choose another checkpoint')
+
+
+def _array(source, leaf, grid, transposed):
+  """Return one parameter, assembled shard by shard."""
+  def read(index):
+    ranges = [range(n)[s] for s, n in zip(index, leaf.shape)]
+    out = np.empty([len(r) for r in ranges], np.float32)
+    piece = tuple(slice(r.start, r.stop) for r in ranges[grid.ndim:])
+    piece = piece[::-1] if transposed else piece
+    for place in np.ndindex(out.shape[:grid.ndim]):
+      at = tuple(r[i] for r, i in zip(ranges, place))
+      x = source.read(grid[at], piece)
+      out[place] = x.T if transposed else x
+    return out
+
+  # Waiting frees the buffers of this parameter before the next is read.
+  return jax.block_until_ready(
+      jax.make_array_from_callback(leaf.shape, leaf.sharding, read))
+
+
+def check(path, model_config, mtp):
+  """Return the source at a path if it is of the config's architecture.
+
+  Raises:
+    config.ConfigError: it cannot be read, or fields differ (each is named).
+  """
+  source = sources.open_source(path)
+  found = presets.differences(model_config, mtp,
+                              *presets.from_hf(source.config))
+  if found:
+    raise config_lib.ConfigError(
+        f'{path} is of another architecture: (config, file) differ in '
+        f'{", ".join(found)}; set them as the file has them')
+  return source
+
+
+def load(path, abstract, model_config, mtp, fresh=None):
+  """Read a checkpoint straight into sharded arrays.
+
+  Host memory beside the arrays: the own shards of one parameter, one tensor.
+
+  Args:
+    path: Hugging Face folder (config.json, *.safetensors) or GGUF file.
+    abstract: parameters as ShapeDtypeStructs with shardings.
+    model_config: `config.Model`.
+    mtp: `config.MTP`.
+    fresh: values of the MTP modules for depths that the checkpoint lacks (a
+      tree like abstract['mtp']), or None to refuse that.
+
+  Returns:
+    the parameters, a tree like abstract.
+
+  Raises:
+    config.ConfigError: the checkpoint is unreadable or of another
+      architecture; every unknown, missing and misshapen tensor is named.
+  """
+  m, source = model_config, check(path, model_config, mtp)
+  new = [k for k in range(1, mtp.heads + 1) if not any(
+      n.startswith(_mtp_prefix(k, m)) for n in source.shapes)]
+  if new and fresh is None:
+    raise config_lib.ConfigError(
+        f'{path} has no MTP weights for depth {new[0]}; set mtp.fresh=true '
+        'for new modules, or mtp.heads to what it has')
+  kept = {f'depth_{k}': fresh[f'depth_{k}'] for k in new}
+  stored = {**abstract}
+  if new:
+    stored[tree_lib.HEAD] = {k: v for k, v in abstract[tree_lib.HEAD].items()
+                             if k not in kept}
+  _compare(path, shapes(stored, m), source.shapes, m, mtp.heads)
+  _check_copies(path, source, m, mtp.heads)
+  out = jax.tree_util.tree_map_with_path(
+      lambda keys, leaf: _array(source, leaf, *names(tree_lib.path(keys), m)),
+      stored)
+  if new:
+    out[tree_lib.HEAD] |= kept
+  return out
+
+
+def tensors(params, model_config, heads):
+  """Yield (name, shape, read) of a published checkpoint of the parameters.
+
+  Args:
+    params: the parameters, arrays that this process can read in full.
+    model_config: `config.Model`.
+    heads: K.
+  """
+  table = _table(params, model_config)
+  for leaf, grid, transposed in table.values():
+    shape = leaf.shape[grid.ndim:]
+    for place in np.ndindex(grid.shape):
+      def read(leaf=leaf, place=place, transposed=transposed):
+        x = np.asarray(leaf[place])
+        return x.T if transposed else x
+      yield grid[place], shape[::-1] if transposed else shape, read
+  originals = {grid[()]: (leaf, transposed) for leaf, grid, transposed in
+               table.values() if not grid.ndim}
+  for name, original in _copies(model_config, heads).items():
+    if name != 'lm_head.weight':
+      leaf, transposed = originals[original]
+      yield (name, leaf.shape[::-1] if transposed else leaf.shape,
+             lambda x=leaf, t=transposed: np.asarray(x).T if t
+             else np.asarray(x))
+
+
+def new_folder(folder, model_config, mtp):
+  """Create a folder for `save` and return its config.json as a dict.
+
+  Raises:
+    config.ConfigError: the folder holds weights, cannot be written, or no
+      known architecture is the model's.
+  """
+  values = presets.to_hf(model_config, mtp)
+  try:
+    os.makedirs(folder, exist_ok=True)
+    held = os.listdir(folder)
+  except OSError as e:
+    raise config_lib.ConfigError(
+        f'{folder} cannot be written ({e.strerror}); choose another folder'
+        ) from e
+  if any(n.endswith('.safetensors') for n in held):
+    raise config_lib.ConfigError(f'{folder} holds weights already; choose '
+                                 'another folder')
+  return values
+
+
+def save(folder, params, model_config, mtp, dtype='float32',
+         shard_bytes=2 ** 31):
+  """Write a Hugging Face folder: config.json, shards and their index.
+
+  Host memory: one shard. For one process; others need the arrays gathered.
+
+  Args:
+    folder: path, see `new_folder`.
+    params: the parameters.
+    model_config: `config.Model`, vocab_size set.
+    mtp: `config.MTP`.
+    dtype: 'float32' (exact) or 'bfloat16'.
+    shard_bytes: a file grows no larger, but by its last tensor.
+
+  Raises:
+    config.ConfigError: see `new_folder`.
+  """
+  values = new_folder(folder, model_config, mtp) | {'torch_dtype': dtype}
+  kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+  shards, size = [[]], 0
+  for name, shape, read in tensors(params, model_config, mtp.heads):
+    n = int(np.prod(shape)) * kind.itemsize
+    if size + n > shard_bytes and shards[-1]:
+      shards.append([])
+      size = 0
+    shards[-1].append((name, read))
+    size += n
+  where, total = {}, 0
+  for i, shard in enumerate(shards, 1):
+    file = ('model.safetensors' if len(shards) == 1 else
+            f'model-{i:05d}-of-{len(shards):05d}.safetensors')
+    held = {name: np.ascontiguousarray(read().astype(kind))
+            for name, read in shard}
+    safe.save_file(held, os.path.join(folder, file), {'format': 'pt'})
+    where |= dict.fromkeys(held, file)
+    total += sum(x.nbytes for x in held.values())
+  if len(shards) > 1:
+    with open(os.path.join(folder, sources.INDEX), 'w', encoding='utf-8') as f:
+      json.dump({'metadata': {'total_size': total}, 'weight_map': where}, f,
+                indent=1)
+  with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as f:
+    json.dump(values, f, indent=2)

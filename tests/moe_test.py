@@ -1,0 +1,192 @@
+"""The expert layer against a dense one, twice differentiated, and on a mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_rl import config as config_lib
+from mtp_rl import forward, gradients, sharding
+from mtp_rl.models import moe, transformer
+from mtp_rl.objectives import logprobs
+from mtp_rl.rollout import experience
+from tests import batches, conftest
+
+M = config_lib.Model(d_model=6, experts=8, experts_per_token=3, expert_ff=5,
+                     router_groups=4, router_top_groups=2, router_scale=1.3)
+EXPERTS = dict(qk_norm=False, n_layers=2, experts=4, experts_per_token=2,
+               expert_ff=8, shared_experts=1, dense_layers=1, rotary=.5,
+               remat='none', head_chunk=0)
+
+
+def _inputs(n=7):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  e, d, f = M.experts, M.d_model, M.expert_ff
+  return dict(x=draw(n, d), router=draw(d, e), gate=draw(e, d, f),
+              up=draw(e, d, f), down=draw(e, f, d)), draw(e)
+
+
+def _sparse(p, bias, m=M):
+  chosen, weights = moe.route(p['x'], p['router'], bias, m)
+  return moe.mixture(p['x'], chosen, weights, p['gate'], p['up'], p['down'])
+
+
+def _dense(p, bias, m=M):
+  """Every expert on every token, weighted by a mask."""
+  s = 1 / (1 + jnp.exp(-p['x'] @ p['router']))
+  c = np.asarray(s + bias)
+  mask = np.zeros(c.shape)
+  for row, scores in zip(mask, c):
+    groups = scores.reshape(m.router_groups, -1)
+    rank = np.sort(groups, 1)[:, -2:].sum(1)
+    size = groups.shape[1]
+    allowed = [g * size + i for g in np.argsort(-rank)[:m.router_top_groups]
+               for i in range(size)]
+    row[sorted(allowed, key=lambda e: -scores[e])[:m.experts_per_token]] = 1
+  def value(p):
+    w = mask / (1 + jnp.exp(-p['x'] @ p['router']))
+    if m.norm_topk:
+      w = w / w.sum(-1, keepdims=True)
+    z = jnp.einsum('nd,edf->nef', p['x'], p['gate'])
+    z = z / (1 + jnp.exp(-z)) * jnp.einsum('nd,edf->nef', p['x'], p['up'])
+    return m.router_scale * jnp.einsum('ne,nef,efd->nd', w, z, p['down'])
+  return value(p), value
+
+
+@pytest.mark.parametrize('fields', [{}, dict(router_groups=1, norm_topk=False,
+                                             router_top_groups=1)])
+def test_only_the_chosen_experts_are_mixed(fields):
+  m = dataclasses.replace(M, **fields)
+  p, bias = _inputs()
+  np.testing.assert_allclose(_sparse(p, bias, m), _dense(p, bias, m)[0],
+                             rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_and_its_jvp_are_the_dense_layers():
+  p, bias = _inputs()
+  v = jax.tree.map(lambda x: np.cos(x), p)
+  dense = _dense(p, bias)[1]
+  def twice(layer):
+    loss = lambda p: jnp.sum(jnp.sin(layer(p)))
+    return jax.jit(lambda p: jax.jvp(jax.grad(loss), (p,), (v,)))(p)
+  got, want = twice(lambda p: _sparse(p, bias)), twice(dense)
+  assert all(np.abs(x).max() > .1 for x in jax.tree.leaves(want))
+  batches.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_the_correction_bias_chooses_and_gets_no_gradient():
+  p, bias = _inputs()
+  far = bias.copy()
+  far[0] = 99.
+  chosen, weights = moe.route(p['x'], p['router'], far, M)
+  assert (np.asarray(chosen) == 0).any(1).all()
+  np.testing.assert_allclose(weights.sum(1), M.router_scale, rtol=1e-5)
+  grad = jax.grad(lambda b: jnp.sum(_sparse(p, b) ** 2))(bias)
+  np.testing.assert_array_equal(grad, 0.)
+
+
+@functools.cache
+def _model():
+  config = conftest.tiny_config(model=EXPERTS)
+  net = forward.network(config, batches.V)
+  batch = batches.batch()
+  params = jax.jit(net.init)(jax.random.key(0), batch.tokens[:1],
+                             batch.valid[:1])['params']
+  return config, net, params, batch
+
+
+def test_load_counts_valid_tokens_alone():
+  config, _, params, batch = _model()
+  out = jax.jit(functools.partial(
+      forward.score, config=config, vocab_size=batches.V, entropy=True,
+      acceptance=True))(params, batch.tokens, batch.valid)
+  out = jax.tree.map(np.asarray, out)
+  assert out.load.shape == (batches.ROWS, 1, 4)
+  np.testing.assert_array_equal(out.load.sum((1, 2)), 2 * batch.valid.sum(1))
+  rewards = np.zeros(batches.ROWS, np.float32)
+  row = experience.describe(batch, out, rewards, 4)
+  assert 0 <= row['moe/load_min'] < 1 < row['moe/load_max'] <= 4
+  # One layer sends 6, 2 and 0 tokens, another 4, 2 and 2.
+  seen = moe.balance(np.array([[[6, 2, 0], [1, 1, 1]], [[0, 0, 0], [3, 1, 1]]]))
+  np.testing.assert_allclose(seen['moe/load_max'], 3 * (6 / 8 + 4 / 8) / 2)
+  np.testing.assert_allclose(seen['moe/load_min'], 3 * (0 + 2 / 8) / 2)
+
+
+def test_cached_decoding_is_the_full_forward_through_dense_and_sparse_layers():
+  config, net, params, batch = _model()
+  tokens, valid = batch.tokens[:4], batch.valid[:4]
+  full, _ = jax.jit(net.apply)({'params': params}, tokens, valid)
+  positions = transformer.positions_of(valid)
+  cache = transformer.empty_cache(config.model, 4, tokens.shape[1])
+  assert cache.key.shape[0] == 2
+  step = jax.jit(lambda *a: net.apply({'params': params}, *a, method='decode'))
+  for start, stop in ((0, 6), (6, 12)):
+    seen = valid & (np.arange(12) < stop)
+    h, cache = step(tokens[:, start:stop], positions[:, start:stop], seen,
+                    cache, start)
+    keep = valid[:, start:stop]
+    np.testing.assert_allclose(np.asarray(h)[keep],
+                               np.asarray(full)[:, start:stop][keep], atol=1e-5)
+
+
+def _gradient(**mesh):
+  """Gradient of the log-probs of main head and MTP head, on a mesh."""
+  config = batches.config(model=EXPERTS, mesh=mesh)
+  _, _, params, batch = _model()
+  mesh = sharding.make_mesh(config.mesh)
+  placed = jax.device_put(params, sharding.tree_shardings(params, mesh))
+
+  def loss(params, tokens, valid):
+    out = forward.score(params, tokens, valid, config=config,
+                        vocab_size=batches.V)
+    mask = logprobs.head_mask(valid, batches.S, 1)
+    return jnp.sum(out.main * valid[:, batches.R:]) + jnp.sum(
+        out.heads * mask), out.load
+
+  rows = sharding.batch_sharding(mesh)
+  with jax.set_mesh(mesh):
+    out = jax.jit(jax.grad(loss, has_aux=True))(
+        placed, *jax.device_put((batch.tokens, batch.valid), rows))
+  kernel = placed['blocks']['layers']['experts']['gate']['kernel']
+  return jax.device_get(out), kernel.addressable_shards[0].data.shape
+
+
+def test_a_mesh_with_experts_apart_is_no_mesh():
+  one, _ = _gradient()
+  many, shard = _gradient(fsdp=2, model=2, expert=2)
+  assert shard == (1, 2, 8, 4)  # of 1, 4, 16, 8
+  batches.assert_close(one, many, rtol=1e-4, atol=1e-4)
+  experts = one[0]['mtp']['depth_1']['block']['experts']
+  assert np.abs(experts['down']['kernel']).max() > .01
+  np.testing.assert_array_equal(experts['router']['bias'], 0.)
+
+
+def test_hessian_vector_products_pass_the_whole_model(monkeypatch):
+  """jvp of grad J with `mixture`, and with all experts on every token."""
+  config = batches.config('rl_only', mtp=dict(heads=0), model=EXPERTS | dict(
+      n_layers=1, dense_layers=0, remat='dots'))
+  batch = batches.batch()
+  net = forward.network(config, batches.V)
+  params = jax.jit(net.init)(jax.random.key(1), batch.tokens[:1],
+                             batch.valid[:1])['params']
+  v = jax.tree.map(np.cos, params)
+
+  def dense(x, chosen, weights, gate, up, down, first=0):
+    w = jnp.sum(jax.nn.one_hot(chosen, 4) * weights[..., None], 1)
+    z = jax.nn.silu(jnp.einsum('nd,edf->nef', x, gate))
+    z = z * jnp.einsum('nd,edf->nef', x, up)
+    return jnp.einsum('ne,nef,efd->nd', w, z, down)
+
+  def product():
+    grad = jax.grad(lambda p: gradients.objective(p, batch, config, batches.V))
+    return jax.jit(lambda p: jax.jvp(grad, (p,), (v,)))(params)
+
+  sparse = product()
+  monkeypatch.setattr(moe, 'mixture', dense)
+  batches.assert_close(sparse, product(), rtol=1e-3, atol=1e-4)
+  assert np.abs(sparse[1]['blocks']['layers']['experts']['down']['kernel']
+                ).max() > 1e-3

@@ -1,0 +1,261 @@
+"""Published weights: what they compute, and the way there and back."""
+
+import dataclasses
+import pathlib
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy as safe
+
+from mtp_rl import config as config_lib
+from mtp_rl import sharding, tree
+from mtp_rl.models import presets, pretrained
+from tests import published, reference
+
+GOLDEN = np.load(pathlib.Path(__file__).parent / 'golden' / 'logits.npz')
+
+
+def _folder(family, where, drop=(), **mtp):
+  """Write a family's seeded weights; return model, mtp, tensors, path."""
+  m, mtp = published.model(family, **mtp)
+  tensors = published.weights(m, mtp)
+  kept = {k: v for k, v in tensors.items() if k not in drop}
+  return m, mtp, tensors, published.write(where / 'hf', m, mtp, kept)
+
+
+@pytest.mark.parametrize('family', published.TRUNKS)
+def test_logits_are_those_of_transformers(family, tmp_path):
+  """Golden logits; tests/golden/make.py wrote them, padding included."""
+  m, mtp, _, path = _folder(family, tmp_path, heads=0)
+  net, abstract = published.network(m, mtp)
+  got, = published.logits(net, pretrained.load(path, abstract, m, mtp))
+  valid = published.tokens()[1]
+  assert GOLDEN[family].std() > 1
+  np.testing.assert_allclose(got[valid], GOLDEN[family], atol=1e-4)
+
+
+@pytest.mark.parametrize('family', ['mimo', 'glm4_moe'])
+def test_mtp_logits_are_those_of_the_reference(family, tmp_path):
+  m, mtp, tensors, path = _folder(family, tmp_path)
+  net, abstract = published.network(m, mtp)
+  params = pretrained.load(path, abstract, m, mtp)
+  main, ahead = published.logits(net, params)
+  swap = {'h_emb': 'emb_h', 'emb_h': 'h_emb'}[mtp.concat]
+  wrong = published.network(m, dataclasses.replace(mtp, concat=swap))[0]
+  _, swapped = published.logits(wrong, params)
+  tokens, valid = published.tokens()
+  for row in range(len(tokens)):
+    keep = np.flatnonzero(valid[row])
+    a, b = reference.logits(tokens[row, keep], tensors, presets.to_hf(m, mtp))
+    np.testing.assert_allclose(main[row, keep], a, atol=1e-4)
+    np.testing.assert_allclose(ahead[row, keep[:-1]], b, atol=1e-4)
+    assert np.abs(swapped[row, keep[:-1]] - b).max() > .1
+
+
+@pytest.mark.parametrize('family', published.FAMILIES)
+def test_export_and_import_are_exact(family, tmp_path):
+  m, mtp, tensors, path = _folder(family, tmp_path)
+  _, abstract = published.network(m, mtp)
+  params = pretrained.load(path, abstract, m, mtp)
+  assert presets.from_hf(presets.to_hf(m, mtp))[1] == (
+      dict(heads=1, kind='sequential', concat=mtp.concat, hidden='post_norm')
+      if mtp.heads else {})
+  out = str(tmp_path / 'out')
+  pretrained.save(out, params, m, mtp, shard_bytes=20000)
+  files = sorted(pathlib.Path(out).glob('*.safetensors'))
+  written = {k: v for f in files for k, v in safe.load_file(f).items()}
+  copies = {'embed_tokens', 'shared_head.head'}
+  for name, value in written.items():
+    if name not in tensors:
+      assert any(c in name for c in copies) and family == 'glm4_moe'
+      continue
+    np.testing.assert_array_equal(value, tensors[name], err_msg=name)
+  assert len(files) > 1 and tensors.keys() <= written.keys()
+  again = pretrained.load(out, abstract, m, mtp)
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+  with pytest.raises(config_lib.ConfigError, match='holds weights already'):
+    pretrained.save(out, params, m, mtp)
+
+
+@pytest.mark.parametrize('family, changed', [
+    ('mimo', 'model.mtp_layers.0.'), ('glm4_moe', 'model.layers.3.')])
+def test_changed_modules_are_changed_in_the_export(family, changed, tmp_path):
+  m, mtp, tensors, path = _folder(family, tmp_path)
+  _, abstract = published.network(m, mtp)
+  params = pretrained.load(path, abstract, m, mtp)
+  moved = {**params, tree.HEAD: jax.tree.map(lambda x: x + 1,
+                                             params[tree.HEAD])}
+  pretrained.save(str(tmp_path / 'out'), moved, m, mtp)
+  written = safe.load_file(tmp_path / 'out' / 'model.safetensors')
+  for name, value in tensors.items():
+    np.testing.assert_array_equal(
+        written[name], value + name.startswith(changed), err_msg=name)
+
+
+def test_every_tensor_that_does_not_fit_is_in_one_error(tmp_path):
+  m, mtp = published.model('mimo')
+  tensors = published.weights(m, mtp)
+  del tensors['model.layers.1.mlp.up_proj.weight']
+  del tensors['model.mtp_layers.0.input_proj.weight']
+  tensors['model.norm.weight'] = np.ones(7, np.float32)
+  tensors['model.layers.0.surprise'] = np.ones(7, np.float32)
+  path = published.write(tmp_path / 'hf', m, mtp, tensors)
+  with pytest.raises(config_lib.ConfigError) as error:
+    pretrained.load(path, published.network(m, mtp)[1], m, mtp)
+  for said in ('unknown: model.layers.0.surprise;',
+               'missing: model.layers.1.mlp.up_proj.weight, '
+               'model.mtp_layers.0.input_proj.weight;',
+               'of another shape: model.norm.weight (7,) for (24,);'):
+    assert said in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_modules_are_fresh_on_request_only(tmp_path):
+  m, mtp = published.model('llama', heads=2)
+  bare = dataclasses.replace(mtp, heads=0)
+  path = published.write(tmp_path / 'hf', m, bare, published.weights(m, bare))
+  net, abstract = published.network(m, mtp)
+  with pytest.raises(config_lib.ConfigError, match='set mtp.fresh=true'):
+    pretrained.load(path, abstract, m, mtp)
+  fresh = jax.jit(net.init)(jax.random.key(3), *published.tokens())[
+      'params'][tree.HEAD]
+  params = pretrained.load(path, abstract, m, mtp, fresh)
+  jax.tree.map(np.testing.assert_array_equal, params[tree.HEAD], fresh)
+  # With both depths written, one can be read and the other left.
+  pretrained.save(str(tmp_path / 'out'), params, m, mtp)
+  one = dataclasses.replace(mtp, heads=1)
+  got = pretrained.load(str(tmp_path / 'out'), published.network(m, one)[1], m,
+                        one)
+  jax.tree.map(np.testing.assert_array_equal, got[tree.HEAD]['depth_1'],
+               fresh['depth_1'])
+
+
+def test_a_copy_that_differs_is_refused(tmp_path):
+  m, mtp, tensors, path = _folder('glm4_moe', tmp_path)
+  _, abstract = published.network(m, mtp)
+  name = 'model.layers.3.shared_head.head.weight'
+  for gap, fits in ((0., True), (1e-3, False)):
+    published.write(tmp_path / 'hf', m, mtp, tensors | {
+        name: tensors['lm_head.weight'] + np.float32(gap)})
+    if fits:
+      pretrained.load(path, abstract, m, mtp)
+  with pytest.raises(config_lib.ConfigError, match='shared_head.head'):
+    pretrained.load(path, abstract, m, mtp)
+
+
+@pytest.mark.parametrize('change, said', [
+    (dict(model_type='gpt2'), "model_type='gpt2'"),
+    (dict(hidden_act='gelu'), "hidden_act='gelu'"),
+    (dict(rope_scaling={'type': 'yarn'}), 'rope_scaling'),
+    (dict(rope_parameters={'rope_theta': 3.}), 'model.rope_theta'),
+    (dict(num_attention_heads=8), r'model.n_heads \(4, 8\)'),
+    (dict(intermediate_size='40'), "d_ff the value '40'"),
+    (dict(rms_norm_eps=None), 'norm_eps the value None'),
+    (dict(rope_scaling='yarn'), 'must be an object'),
+    (dict(mtp_rl={'concat': 'emb_h'}), 'mtp.concat')])
+def test_another_architecture_is_named(change, said, tmp_path):
+  m, mtp = published.model('mimo')
+  path = published.write(tmp_path / 'hf', m, mtp, published.weights(m, mtp),
+                         **change)
+  with pytest.raises(config_lib.ConfigError, match=said):
+    pretrained.check(path, m, mtp)
+
+
+@pytest.mark.parametrize('damage, said', [
+    (lambda d: (d / 'config.json').unlink(), 'config.json cannot be read'),
+    (lambda d: (d / 'config.json').write_text('[]'), 'no JSON object'),
+    (lambda d: (d / 'part-1.safetensors').unlink(), 'part-1.safetensors'),
+    (lambda d: (d / 'part-0.safetensors').write_bytes(b'\x80\x04.'),
+     'part-0.safetensors cannot be read')])
+def test_a_damaged_folder_is_named(damage, said, tmp_path):
+  m, mtp, _, path = _folder('llama', tmp_path)
+  damage(tmp_path / 'hf')
+  with pytest.raises(config_lib.ConfigError, match=said):
+    pretrained.check(path, m, mtp)
+  with pytest.raises(config_lib.ConfigError, match='model.pretrained'):
+    pretrained.check(path + '/nothing', m, mtp)
+
+
+def test_bfloat16_weights_are_read_exactly(tmp_path):
+  import ml_dtypes
+  m, mtp, tensors, _ = _folder('qwen3', tmp_path)
+  half = {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
+  path = published.write(tmp_path / 'half', m, mtp, half)
+  _, abstract = published.network(m, mtp)
+  params = pretrained.load(path, abstract, m, mtp)
+  pretrained.save(str(tmp_path / 'out'), params, m, mtp, dtype='bfloat16')
+  written = safe.load_file(tmp_path / 'out' / 'model.safetensors')
+  for name, value in half.items():
+    assert written[name].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(written[name], value, err_msg=name)
+
+
+def test_each_device_reads_its_own_shards(tmp_path):
+  m, mtp, _, path = _folder('glm4_moe', tmp_path)
+  _, abstract = published.network(m, mtp)
+  whole = pretrained.load(path, abstract, m, mtp)
+  mesh = sharding.make_mesh(config_lib.Mesh(fsdp=2, model=2, expert=2))
+  sharded = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      abstract, sharding.tree_shardings(abstract, mesh))
+  params = pretrained.load(path, sharded, m, mtp)
+  jax.tree.map(np.testing.assert_array_equal, params, whole)
+  gate = params['blocks']['layers']['experts']['gate']['kernel']
+  assert gate.shape == (2, 8, 24, 12)
+  assert gate.addressable_shards[0].data.shape == (2, 4, 12, 6)
+
+
+def test_host_memory_is_one_parameter_and_one_tensor(tmp_path, monkeypatch):
+  """NumPy bytes that reading a parameter adds: its own, and one tensor.
+
+  (On CPU an array may be the very buffer that it was read into.)
+  """
+  m = config_lib.Model(d_model=256, n_layers=6, n_heads=4, n_kv_heads=4,
+                       d_ff=512, vocab_size=1024)
+  mtp = config_lib.MTP(heads=0)
+  path = published.write(tmp_path / 'hf', m, mtp, published.weights(m, mtp))
+  _, abstract = published.network(m, mtp)
+  mesh = sharding.make_mesh(config_lib.Mesh(fsdp=4, model=2))
+  sharded = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      abstract, sharding.tree_shardings(abstract, mesh))
+  one, seen = pretrained._array, []
+
+  def watched(source, leaf, grid, transposed):
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    out = one(source, leaf, grid, transposed)
+    seen.append((tracemalloc.get_traced_memory()[1] - before, out.nbytes,
+                 out.nbytes // grid.size))
+    return out
+
+  monkeypatch.setattr(pretrained, '_array', watched)
+  tracemalloc.start()
+  pretrained.load(path, sharded, m, mtp)
+  tracemalloc.stop()
+  assert len(seen) == 11
+  for added, own, tensor in seen:
+    assert added < own + tensor + 2 ** 16
+
+
+@pytest.mark.parametrize('name, count', [
+    ('smollm2_135m', 134_515_008), ('qwen3_0_6b', 596_049_920),
+    ('mimo_7b', 7_833_409_536), ('glm_4_5_air', 109_227_310_848)])
+def test_presets_have_the_published_sizes(name, count):
+  """With the MTP layer; GLM-4.5-Air without it is the 106 B of its name."""
+  m, fields = presets.model(name)
+  mtp = dataclasses.replace(config_lib.MTP(heads=0), **fields)
+  _, abstract = published.network(m, mtp)
+  size = lambda t: sum(x.size for x in jax.tree.leaves(t))
+  assert size(abstract) == count
+  if name == 'glm_4_5_air':
+    assert size(tree.shared(abstract)) == 106_852_251_264
+  values = presets.to_hf(m, mtp)
+  assert not presets.differences(m, mtp, *presets.from_hf(values))
+  # Every tensor of the model has a name of its own in the checkpoint.
+  wanted = pretrained.shapes(abstract, m)
+  assert sum(int(np.prod(s)) for s in wanted.values()) == count
+  with pytest.raises(config_lib.ConfigError, match='choose from'):
+    presets.model('gpt5')
