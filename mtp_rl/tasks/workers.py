@@ -18,6 +18,7 @@ import time
 from multiprocessing import connection as connection_lib
 
 START_S = 120.  # a fresh process imports the verifier's packages
+_END_S = 5.  # that a killed process may take to be gone
 _STARTS = 3  # processes in a row that may fail to come up
 _MESSAGE = 4096  # bytes of a reply
 _OUT_OF_MEMORY = 3
@@ -85,9 +86,8 @@ class _Worker:
     self.deadline = time.monotonic() + START_S
 
   def kill(self):
-    """End the process at once."""
+    """Have the process ended; the next one that starts reaps it."""
     self.process.kill()
-    self.process.join()
     self.connection.close()
 
 
@@ -155,6 +155,8 @@ class Pool:
     """Kill the processes; the next `score_all` starts others."""
     for worker in self._workers:
       worker.kill()
+    for worker in self._workers:
+      worker.process.join(_END_S)
     self._workers = []
 
   def _busy(self):
