@@ -158,23 +158,3 @@ def summarise(name, mode, rows, k):
   out[f'val/{name}/maj@{k}'] = np.asarray(
       [majority(a, r) for a, r in zip(answers, rewards.tolist())])
   return out
-
-
-def interval(scores, seed=0, draws=2000, level=.95):
-  """Return the bootstrap interval (low, high) of a mean over problems.
-
-  Percentiles of the means of `draws` resamples of the problems (Efron 1979);
-  the samples of a problem stay together.
-
-  Args:
-    scores: float [N].
-    seed: int; the interval is a function of its arguments.
-    draws: resamples.
-    level: of confidence.
-  """
-  scores = np.asarray(scores, np.float64)
-  rng = np.random.default_rng(seed)
-  means = [scores[rng.integers(0, len(scores), len(scores))].mean()
-           for _ in range(draws)]
-  low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-  return float(low), float(high)

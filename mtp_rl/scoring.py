@@ -7,7 +7,14 @@ import os
 
 import jax
 
-from mtp_rl import checkpoint, evaluate, metrics, trainer, validate
+from mtp_rl import (
+  checkpoint,
+  evaluate,
+  intervals,
+  metrics,
+  trainer,
+  validate,
+)
 from mtp_rl import config as config_lib
 from mtp_rl.compare import grid
 
@@ -140,7 +147,7 @@ def score_checkpoint(workdir, phase, step, samples, settings=()):
     path = run.path('evaluation', name + '.json')
     with contextlib.closing(RowLog(path + 'l', identity)) as log:
       scores = functions.measure(params, log)
-    values = {k: (float(v.mean()), *evaluate.interval(v))
+    values = {k: (float(v.mean()), *intervals.bootstrap(v))
               for k, v in scores.items()}
     metrics.write_json(path, {
         'step': step, **{k: v[0] for k, v in values.items()},

@@ -12,7 +12,7 @@ import pytest
 
 from configs import from_json
 from mtp_rl import config as config_lib
-from mtp_rl import trainer
+from mtp_rl import intervals, trainer
 from mtp_rl.compare import figures, grid, jobs, report, study
 from tests import conftest
 
@@ -21,23 +21,23 @@ from tests import conftest
     (1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706),
     (9, 2.2622), (30, 2.0423)])
 def test_t_quantile_is_the_tables(freedom, t):
-  assert report.t_quantile(.95, freedom) == pytest.approx(t, abs=5e-5)
+  assert intervals.t_quantile(.95, freedom) == pytest.approx(t, abs=5e-5)
 
 
 def test_interval_by_hand():
   # Mean 3, standard deviation sqrt(2.5), half-width 2.7764 sqrt(2.5 / 5).
-  found = report.interval([1., 2., 3., 4., 5.])
+  found = intervals.interval([1., 2., 3., 4., 5.])
   assert found.mean == 3. and found.n == 5
   assert found.high - 3. == pytest.approx(1.96324, abs=1e-4)
   assert 3. - found.low == pytest.approx(found.high - 3.)
-  assert report.interval([2.]) == (2., None, None, 1)
-  assert report.interval([]) is None
+  assert intervals.interval([2.]) == (2., None, None, 1)
+  assert intervals.interval([]) is None
 
 
 def test_pairs_are_of_one_seed_and_others_are_left_out():
-  found = report.paired({0: 1., 1: 5., 3: 9.}, {0: .5, 2: 100., 3: 8.})
+  found = intervals.paired({0: 1., 1: 5., 3: 9.}, {0: .5, 2: 100., 3: 8.})
   assert found.mean == pytest.approx(.75) and found.n == 2
-  assert report.paired({0: 1.}, {1: 1.}) is None
+  assert intervals.paired({0: 1.}, {1: 1.}) is None
 
 
 def test_values_of_a_run():

@@ -11,8 +11,7 @@ import optax
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import estimators, metrics, occ, trainer, types
-from mtp_rl.compare import report
+from mtp_rl import estimators, intervals, metrics, occ, trainer, types
 from mtp_rl.diagnose import measure, study, summary
 from tests import conftest
 
@@ -117,7 +116,7 @@ def test_the_bootstrap_covers_the_maximum():
   best = summary.best_lambda(grid, curves)
   assert best.low < best.mean < best.high and best.high - best.low < .3
   assert best.low < .3 < best.high
-  assert summary.best_lambda(grid, curves[:1]) == report.Interval(
+  assert summary.best_lambda(grid, curves[:1]) == intervals.Interval(
       best_of(curves[0], grid), None, None, 1)
 
 

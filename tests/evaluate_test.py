@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_rl import evaluate, tasks
+from mtp_rl import evaluate, intervals, tasks
 from tests import conftest
 
 
@@ -91,9 +91,9 @@ class _Log:
 
 def test_the_bootstrap_interval_of_a_mean():
   # 100 problems, half solved: the mean's deviation is .05, so .5 -+ .098.
-  low, high = evaluate.interval([0, 1] * 50)
+  low, high = intervals.bootstrap([0, 1] * 50)
   assert abs(low - .402) < .015 and abs(high - .598) < .015
-  assert evaluate.interval([0, 1] * 50) == (low, high)
+  assert intervals.bootstrap([0, 1] * 50) == (low, high)
   uneven = np.arange(50) ** .5
-  assert evaluate.interval(uneven, 1) != evaluate.interval(uneven, 2)
-  assert evaluate.interval([.25] * 9) == (.25, .25)
+  assert intervals.bootstrap(uneven, 1) != intervals.bootstrap(uneven, 2)
+  assert intervals.bootstrap([.25] * 9) == (.25, .25)

@@ -5,12 +5,10 @@ averaged; its 95 % interval is Student's t over the seeds.
 """
 
 import json
-import math
 import os
 import statistics
-from typing import NamedTuple
 
-from mtp_rl import metrics
+from mtp_rl import intervals, metrics
 
 METRICS = {
     'greedy': 'held-out greedy',
@@ -23,65 +21,6 @@ METRICS = {
 # What a paired difference is shown of (comparison.json has all of them).
 SHOWN = ('greedy', 'avg', 'reward', 'acceptance')
 BASELINES = ('detach', 'rl_only')
-
-
-class Interval(NamedTuple):
-  """Mean over n seeds and its 95 % interval; low and high None for n < 2."""
-  mean: float
-  low: float | None
-  high: float | None
-  n: int
-
-
-def t_quantile(confidence, freedom):
-  """Return t with P(|T| < t) = confidence, for integer degrees of freedom.
-
-  Source: Abramowitz and Stegun 26.7.3 and 26.7.4, solved by bisection.
-  """
-  def inside(t):
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine, term, total = math.cos(angle), 1., 0.
-    for k in range(freedom % 2, freedom - 1, 2):
-      if k == 1:
-        term = cosine
-      elif k:
-        term *= cosine ** 2 * (k - 1) / k
-      total += term
-    if freedom % 2:
-      return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
-
-  low, high = 0., 1.
-  while inside(high) < confidence:
-    high *= 2
-  for _ in range(100):
-    middle = (low + high) / 2
-    low, high = ((middle, high) if inside(middle) < confidence
-                 else (low, middle))
-  return high
-
-
-def interval(values):
-  """Return the `Interval` of a list of numbers, None where it is empty."""
-  values = list(values)
-  if not values:
-    return None
-  mean = statistics.fmean(values)
-  if len(values) < 2:
-    return Interval(mean, None, None, 1)
-  half = (t_quantile(.95, len(values) - 1) * statistics.stdev(values)
-          / math.sqrt(len(values)))
-  return Interval(mean, mean - half, mean + half, len(values))
-
-
-def paired(values, baseline):
-  """Return the `Interval` of the differences over the seeds that both have.
-
-  Args:
-    values, baseline: dicts seed -> number.
-  """
-  return interval(values[s] - baseline[s] for s in sorted(values)
-                  if s in baseline)
 
 
 def _mean_at_end(row, kind):
@@ -161,11 +100,13 @@ def compare(variants, runs):
     row = {'name': v.name, 'group': v.group, 'label': v.label,
            'regime': v.config.mtp.regime, 'seeds': sorted(runs[v.name]),
            'values': mine, 'mean': {}, 'against': {}}
-    row['mean'] = {m: interval(mine[m].values()) for m in METRICS if mine[m]}
+    row['mean'] = {m: intervals.interval(mine[m].values())
+                   for m in METRICS if mine[m]}
     for regime in BASELINES:
       other = baseline(variants, v.group, regime)
       if other is not None and other.name != v.name:
-        found = {m: paired(mine[m], values[other.name][m]) for m in METRICS}
+        found = {m: intervals.paired(mine[m], values[other.name][m])
+                 for m in METRICS}
         row['against'][regime] = {m: x for m, x in found.items() if x}
     out.append(row)
   return out
@@ -174,7 +115,7 @@ def compare(variants, runs):
 def to_json(rows):
   """Return the rows of `compare` with intervals as dicts."""
   def plain(x):
-    if isinstance(x, Interval):
+    if isinstance(x, intervals.Interval):
       return x._asdict()
     if isinstance(x, dict):
       return {str(k): plain(v) for k, v in x.items()}

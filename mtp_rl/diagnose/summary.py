@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_rl import estimators, occ
-from mtp_rl.compare import report
+from mtp_rl import estimators, intervals, occ
 from mtp_rl.diagnose import measure
 
 FORMS = ('same', 'cross', 'curvature')
@@ -36,8 +35,8 @@ def best_lambda(grid, curves):
     curves: [n, N], one a rollout.
 
   Returns:
-    `report.Interval`; 2.5 and 97.5 % of the bootstrap over rollouts, which is
-    too narrow where these are few.
+    `intervals.Interval`; 2.5 and 97.5 % of the bootstrap over rollouts, which
+    is too narrow where these are few.
   """
   n = len(curves)
   peak = jax.vmap(occ.vertex, (None, 0))
@@ -45,7 +44,7 @@ def best_lambda(grid, curves):
   means = np.concatenate([curves.mean(0)[None], curves[picks].mean(1)])
   first, *rest = np.asarray(peak(jnp.asarray(grid), jnp.asarray(means)))
   low, high = np.quantile(rest, (.025, .975)) if n > 1 else (None, None)
-  return report.Interval(float(first), low, high, n)
+  return intervals.Interval(float(first), low, high, n)
 
 
 def _sure(x, sign=0):
@@ -61,8 +60,8 @@ def _alignment(products):
   """
   norm = np.sqrt(np.mean(products['rl']) * np.mean(products['v2'], 0))
   norm = np.where(norm > 0, norm, np.inf)
-  cosine = lambda c: report.interval(np.mean(c / norm, 1).tolist())
-  each = {k: report.interval(np.sum(v, -1).tolist() if v.ndim > 1
+  cosine = lambda c: intervals.interval(np.mean(c / norm, 1).tolist())
+  each = {k: intervals.interval(np.sum(v, -1).tolist() if v.ndim > 1
                              else v.tolist()) for k, v in products.items()}
   share = lambda name: (each[name + '_cross'].mean / each[name].mean
                         if _sure(each[name]) else None)
@@ -89,7 +88,7 @@ def summarise(step, measures, grid):
   if not used:
     return out
   stack = jax.tree.map(lambda *x: np.stack(x).astype(np.float64), *used)
-  number = lambda x: report.interval(x.tolist())
+  number = lambda x: intervals.interval(x.tolist())
   for name in ('rate', 'eta', 'ratio', 'smoothness', 'gain'):
     out[name] = number(getattr(stack, name))
   out['alignment'] = {s: _alignment(stack.scopes[s]) for s in measure.SCOPES}
