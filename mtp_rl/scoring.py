@@ -9,7 +9,6 @@ import jax
 
 from mtp_rl import (
   checkpoint,
-  evaluate,
   intervals,
   metrics,
   trainer,
