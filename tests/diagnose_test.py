@@ -179,7 +179,7 @@ def test_held_out_rollouts_are_of_other_prompts(minibatches):
     return types.RolloutBatch(*[step + np.arange(8)] * 8), {}, []
 
   run = trainer.Run(config, '', None, None, None)
-  functions = trainer.Functions(None, collect, None)
+  functions = trainer.Functions(None, collect, None, None)
   state = types.TrainState(0, None, None, None)
   _, first, batch, held_out = study._one(
       run, functions, lambda *args: args, state, None, 3)
