@@ -96,13 +96,14 @@ def configure(config, samples, settings):
   return config
 
 
-def _identity(config, where, step):
+def _identity(config, where, step, task):
   """Return what decides the samples of a checkpoint under a config."""
   values = {k: v for k, v in config_lib.to_dict(config).items()
             if k not in _IRRELEVANT}
   values['eval'] = {k: v for k, v in values['eval'].items() if k != 'every'}
   values['task'] = {k: v for k, v in values['task'].items()
                     if k not in ('data_dir', 'cache_dir', 'processes')}
+  values['data'] = getattr(task, 'report', {}).get('sha256')
   digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
   # The time of its saving tells one checkpoint from another, copies included.
   with open(os.path.join(where, str(step), '_CHECKPOINT_METADATA'), 'rb') as f:
@@ -139,7 +140,7 @@ def score_checkpoint(workdir, phase, step, samples, settings=()):
       step = saved.latest() if step is None else step
       params = saved.restore(functions.steps.abstract, step, params_only=True)
     os.makedirs(run.path('evaluation'), exist_ok=True)
-    identity = _identity(config, where, step)
+    identity = _identity(config, where, step, run.task)
     name = f'{phase}_{step}_k{config.eval.samples}'
     if settings:
       name += '_' + identity['sha256'][:8]

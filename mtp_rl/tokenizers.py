@@ -107,11 +107,23 @@ class SubwordTokenizer:
     return self._inner.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids):
-    """Return the text of token ids up to the first EOS, without specials."""
+    """Return the text of token ids up to the first EOS, without padding.
+
+    Special tokens are written out, and ids beyond the vocabulary (rows that
+    pad the model's table) as U+FFFD: what a verifier reads must not close
+    over what the model said.
+    """
     ids = np.asarray(ids)
     ends = np.flatnonzero(np.isin(ids, self.ends.eos))
-    return self._inner.decode(ids[:ends[0]].tolist() if len(ends)
-                              else ids.tolist())
+    ids = ids[:ends[0]] if len(ends) else ids
+    ids, out, run = ids[ids != self.ends.pad].tolist(), [], []
+    for i in [*ids, self.vocab_size]:
+      if i < self.vocab_size:
+        run.append(i)
+        continue
+      out.append(self._inner.decode(run, skip_special_tokens=False))
+      run = []
+    return '\N{REPLACEMENT CHARACTER}'.join(out)
 
   def chat(self, messages):
     """Return the prompt of a conversation, up to where the model answers.
@@ -166,7 +178,7 @@ def _compile(template):
   from jinja2 import sandbox
 
   class Environment(sandbox.ImmutableSandboxedEnvironment):
-    """Refuses powers and repeated texts too: they can fill the memory."""
+    """Refuses powers and repeated texts too, which fill the memory soonest."""
     intercepted_binops = frozenset({'*', '**'})
 
     def call_binop(self, context, operator, left, right):

@@ -92,8 +92,21 @@ def setup(config, workdir):
   metrics.write_json(os.path.join(workdir, 'tokenizer.json'),
                      task.tokenizer.to_dict())
   if hasattr(task, 'report'):
-    metrics.write_json(os.path.join(workdir, 'data.json'), task.report)
+    _same_data(os.path.join(workdir, 'data.json'), task.report)
   return run
+
+
+def _same_data(path, report):
+  """Write a task's report; refuse other files than the run began with."""
+  if os.path.exists(path):
+    with open(path, encoding='utf-8') as f:
+      before = json.load(f)['sha256']
+    changed = [n for n in before if before[n] != report['sha256'].get(n)]
+    if changed:
+      raise config_lib.ConfigError(
+          f'the files of {", ".join(changed)} are not those that {path} was '
+          'begun with; put them back, or choose another workdir')
+  metrics.write_json(path, report)
 
 
 def _finished_warmup(workdir):
@@ -182,8 +195,10 @@ def rl(run, warm_params, stopped):
   saved = checkpoint.Checkpoints(run.path('checkpoints', 'rl'), config.run.keep)
   start = saved.latest()
   if start is None:
+    # The first update donates them, unless the KL penalty needs them on.
     state = functions.steps.init(run.key)._replace(
-        params=jax.tree.map(jnp.copy, warm_params))
+        params=jax.tree.map(jnp.copy, warm_params) if config.rl.kl_coef
+        else warm_params)
   else:
     state = saved.restore(functions.steps.abstract)
   reference = warm_params if config.rl.kl_coef else None

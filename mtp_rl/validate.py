@@ -130,6 +130,8 @@ def _validate_batch(config):
         f'rl.prompts={r.prompts} does not split into rl.minibatches='
         f'{r.minibatches}; make it a multiple')
   rows = r.prompts // r.minibatches * r.group
+  devices = mesh.data * mesh.fsdp * mesh.expert
+  split = f'mesh.data * mesh.fsdp * mesh.expert = {devices}'
   if config.occ.estimator in config_lib.IN_PARTS:
     n = config.occ.pieces
     _need(r.prompts // r.minibatches % n == 0,
@@ -142,16 +144,13 @@ def _validate_batch(config):
     _need(rows // n % r.microbatches == 0,
           f'a part of {rows // n} rows (occ.pieces={n}) does not split into '
           f'rl.microbatches={r.microbatches}; make it a divisor')
-    devices = mesh.data * mesh.fsdp
     _need(rows // n // r.microbatches % devices == 0,
           f'a part of {rows // n} rows (occ.pieces={n}) in rl.microbatches='
-          f'{r.microbatches} does not divide over the mesh (mesh.data * '
-          f'mesh.fsdp = {devices}); set fewer occ.pieces')
+          f'{r.microbatches} does not divide over the mesh ({split}); set '
+          'fewer occ.pieces')
   _need(rows % r.microbatches == 0,
         f'a minibatch of {rows} rows does not split into rl.microbatches='
         f'{r.microbatches}; make it a divisor')
-  devices = mesh.data * mesh.fsdp * mesh.expert
-  split = f'mesh.data * mesh.fsdp * mesh.expert = {devices}'
   _need(rows // r.microbatches % devices == 0,
         f'a microbatch of {rows // r.microbatches} rows does not divide over '
         f'the mesh ({split}); change rl.prompts, '

@@ -151,7 +151,7 @@ def _loop(run, steps, state, draw, start, saved, stopped):
       state, values = steps.update(state, draw(state.params, step))
       if step % 20 == 0 or step == w.steps:
         row = writer.write(step, values)
-        if row['warmup/loss'] is None:
+        if any(v is None for n, v in row.items() if n.endswith('/loss')):
           raise config_lib.ConfigError(
               f'the warm-up diverged at step {step}; lower warmup.lr={w.lr}')
         bar.set_postfix(loss=f'{row["warmup/loss"]:.3f}', refresh=False)

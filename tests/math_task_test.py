@@ -128,6 +128,26 @@ def test_what_is_not_trained_on_is_counted(folder):
     task.close()
 
 
+def test_labels_that_disagree_and_repetitions_are_left_out(tmp_path):
+  _write(tmp_path / 'mine.jsonl', [
+      {'problem': p, 'answer': a} for p, a in (
+          ('What is 1 + 1?', '2'), ('what is 1+1', '2'), ('Name a, b.', '1'),
+          ('Name (a) b', '2'), ('Three?', '3'))])
+  _write(tmp_path / 'test.jsonl', ROWS[3:4])
+  task = tasks.make(_config(tmp_path))
+  assert task.report['repeated'] == 1 and task.report['conflicting'] == 2
+  assert [e.answer for e in task._train] == ['2', '3']
+  task.close()
+
+
+def test_a_run_does_not_go_on_with_other_files(tmp_path):
+  path = str(tmp_path / 'data.json')
+  for digest in ('a', 'a'):
+    trainer._same_data(path, {'sha256': {'mine': digest}})
+  with pytest.raises(config_lib.ConfigError, match='files of mine'):
+    trainer._same_data(path, {'sha256': {'mine': 'b'}})
+
+
 def test_a_known_evaluation_in_the_folder_is_kept_out(tmp_path):
   _write(tmp_path / 'mine.jsonl', ROWS[:2])
   _write(tmp_path / 'test.jsonl', ROWS[3:4])

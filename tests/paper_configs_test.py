@@ -1,5 +1,6 @@
 """The paper's configs: every setting beside the paper's value; full size."""
 
+import dataclasses
 import math
 
 import jax
@@ -17,8 +18,15 @@ COMMON = {
     'rl.overlong_penalty': 1., 'optim.warmup': 10, 'optim.weight_decay': .1,
     'optim.clip': 1., 'optim.clip_mode': 'joint', 'optim.schedule': 'constant',
     'rollout.max_prompt': 2048, 'rollout.max_response': 8192,
-    'rollout.temperature': 1., 'rollout.top_k': 0, 'rollout.top_p': 1.,
-    'task.name': 'math', 'task.train': 'dapo_math_17k', 'eval.samples': 32,
+    'rollout.top_k': 0, 'rollout.top_p': 1.,
+    'rollout.temperature': 1., 'task.name': 'math',
+    'task.train': 'dapo_math_17k', 'task.held_out': 1000, 'eval.samples': 32,
+    'task.evals': 'aime24,aime25,amc23,math500,minerva_math,olympiadbench',
+    'rl.dynamic_sampling': 0, 'rl.tis_cap': 0., 'optim.b1': .9,
+    'optim.b2': .999, 'optim.eps': 1e-8, 'mtp.kind': 'sequential',
+    'mtp.hidden': 'post_norm', 'mtp.detach_hidden': False,
+    'mtp.detach_embedding': False, 'mtp.detach_head': False,
+    'mtp.fresh': False, 'occ.heads': 'joint', 'occ.scope': 'all',
     'mtp.heads': 1, 'mtp.regime': 'occ', 'mtp.head_loss': 'joint',
     'mtp.reference': 'main_old', 'occ.estimator': 'logprob',
     'occ.lambda_plus': 1., 'occ.eps': 1e-8, 'occ.lambda_min': -math.inf,
@@ -32,10 +40,22 @@ MIMO = {'model.d_model': 4096, 'model.n_layers': 36, 'model.n_heads': 32,
         'model.n_kv_heads': 8, 'model.head_dim': 128, 'model.d_ff': 11008,
         'model.vocab_size': 151680, 'model.rope_theta': 640000.,
         'model.norm_eps': 1e-5, 'model.qkv_bias': True,
-        'model.tie_embeddings': False, 'mtp.concat': 'h_emb'}
+        'model.tie_embeddings': False, 'mtp.concat': 'h_emb',
+        'model.rotary': 1., 'model.qk_norm': False, 'model.experts': 0}
 GLM = {'model.n_layers': 46, 'model.n_heads': 96, 'model.n_kv_heads': 8,
        'model.experts': 128, 'model.experts_per_token': 8,
-       'model.shared_experts': 1, 'model.rotary': .5, 'mtp.concat': 'emb_h'}
+       'model.shared_experts': 1, 'model.rotary': .5, 'mtp.concat': 'emb_h',
+       'model.d_model': 4096, 'model.head_dim': 128, 'model.d_ff': 10944,
+       'model.vocab_size': 151552, 'model.rope_theta': 1e6,
+       'model.norm_eps': 1e-5, 'model.qkv_bias': True, 'model.qk_norm': False,
+       'model.tie_embeddings': False, 'model.expert_ff': 1408,
+       'model.dense_layers': 1, 'model.router_groups': 1,
+       'model.router_top_groups': 1, 'model.router_scale': 1.,
+       'model.norm_topk': True}
+# How it is computed, or not read by these configs: ours to choose.
+OURS = {'model.dtype', 'model.remat', 'model.head_chunk', 'model.pretrained',
+        'rl.microbatches', 'rl.kl_kind', 'mtp.coef', 'mtp.head_coef',
+        'occ.pieces', 'occ.probe_every', 'occ.eta'}
 
 
 def _count(leaves):
@@ -53,6 +73,12 @@ def test_settings_are_the_papers_at_full_size(module, fields, parameters):
   for name, value in (COMMON | fields).items():
     section, field = name.split('.')
     assert getattr(getattr(config, section), field) == value, name
+  listed = COMMON.keys() | fields.keys() | OURS
+  if not config.model.experts:
+    listed |= {n for n in GLM if n.startswith('model.')}
+  for section in ('model', 'mtp', 'occ', 'rl', 'optim', 'rollout'):
+    for field in dataclasses.asdict(getattr(config, section)):
+      assert f'{section}.{field}' in listed, 'a setting without its line'
   mesh = sharding.make_mesh(config.mesh)
   steps = train_step.make(config, config.model.vocab_size, mesh)
   assert _count(steps.abstract.params) == parameters

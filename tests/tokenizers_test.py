@@ -47,7 +47,9 @@ def test_a_folder_gives_ids_ends_and_texts(small):
   ids = small.encode('abba<|end|>')
   assert len(ids) == 4 and ids[0] == 256 and ids[3] == 258
   assert small.decode(ids) == 'abba'
-  assert small.decode([257, *small.encode('x'), 259, *ids]) == 'x'
+  assert small.decode([257, *small.encode('x'), 259, *ids]) == '<|start|>x'
+  assert small.decode([*small.encode('1'), 300, *small.encode('2')]) == (
+      '1\N{REPLACEMENT CHARACTER}2')
   for text in ('Grüße, 数学\n\t 12', '', ' \0 ', '\N{GRINNING FACE}'):
     assert small.decode(small.encode(text)) == text
 

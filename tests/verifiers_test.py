@@ -36,7 +36,10 @@ def test_the_last_box_counts(text, box):
     (r'3 \mathrm{~km}', '3'), ('9' * 900, '9' * 900), ('1+1', None),
     (r'2\%', None), ('4/2', None), ('2^1', None), ('2.5', None), ('', None),
     ('x=5', None), ('1,2', None), ('12,34', None), ('1 2', None), ('५', None),
-    (r'3\text{2}', None), ('--5', None), ('5,', None), (r'\frac{10}{2}', None)])
+    (r'3\text{2}', None), (r'1\;2', None), ('1$2', None), ('1\n2', None),
+    (r'2\text{ million}', None), (r'5\text{ or six}', None),
+    (r'2\text{\%}', None), (r'1\,234', '1234'), (r'1\,2', None),
+    ('--5', None), ('5,', None), (r'\frac{10}{2}', None)])
 def test_integers_are_written_out_digits(text, value):
   assert verifiers.integer(text) == value
 
@@ -54,6 +57,10 @@ def test_an_integer_is_matched_strictly_and_at_once(verifier):
 
 def test_expressions_go_to_math_verify(verifier):
   cases = [
+      ('3e8', r'\boxed{3 \times 10^{8}}', 1), ('3e8', r'\boxed{24e}', 0),
+      ('3e8', r'\boxed{300000000}', 1), ('1e-3', r'\boxed{0.001}', 1),
+      ('1.6\\times10^{-19}', r'\boxed{0.0}', 0), ('2.5', r'\boxed{2.50}', 1),
+      ('2.5', r'\boxed{\frac{5}{2}}', 1), ('12', r'\boxed{1 2}', 0),
       (r'\frac{1}{2}', r'\boxed{0.5}', 1), (r'\frac{1}{2}', r'\boxed{2/4}', 1),
       (r'\frac{1}{2}', r'\boxed{\dfrac{1}{2}}', 1),
       (r'\frac{1}{2}', r'\boxed{\frac{1}{3}}', 0),

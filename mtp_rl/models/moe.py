@@ -10,8 +10,8 @@ rank is the sum of its two largest s + b. Source: DeepSeek-V3
 (arXiv 2412.19437, equations 12-16), GLM-4.5 (arXiv 2508.06471).
 
 Copies of the tokens are sorted by expert and meet the stacked matrices in
-`jax.lax.ragged_dot`: on TPU and GPU the work of the chosen experts only; on
-CPU XLA expands it to all E.
+`jax.lax.ragged_dot`, the work of the chosen experts only where the backend has
+a kernel for it; on CPU XLA expands it to all E.
 """
 
 import functools
@@ -65,7 +65,8 @@ def route(x, router, bias, m):
   Returns:
     int32 [N, k] and float32 [N, k], k = experts_per_token.
   """
-  scores = jax.nn.sigmoid(jnp.matmul(x.astype(jnp.float32), router))
+  scores = jax.nn.sigmoid(jnp.matmul(
+      x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST))
   choice = jax.lax.stop_gradient(scores + bias)
   if m.router_top_groups < m.router_groups:
     grouped = choice.reshape(len(x), m.router_groups, -1)

@@ -9,9 +9,9 @@ named by line and reason in the prepared set's metadata.
 
 `SETS` gives the public origin of each set and the number of its rows. The
 checksums are of *processed copies* (one JSON object a line in the fields
-above, made from the named files), not of the files at the origin, which could
-not be fetched where this was written: so nothing is downloaded here. Other
-files under these names are read too, and reported as `unlisted`.
+above, made from the named files), not of the files at the origin, so nothing
+is downloaded here. Other files under these names are read too, and reported as
+`unlisted`.
 """
 
 import contextlib
@@ -129,10 +129,12 @@ class Prepared(NamedTuple):
     rows: list of `Row`, in the order of the source.
     rejected: list of {'file', 'line', 'reason'}.
     listed: whether the source is the copy that `SETS` lists.
+    sha256: of the source.
   """
   rows: list[Row]
   rejected: list[dict]
   listed: bool
+  sha256: str
 
 
 def find(name, data_dir):
@@ -180,7 +182,7 @@ def load(name, data_dir, cache_dir=''):
   if not rows:
     raise config_lib.ConfigError(f'{path} has no usable row')
   listed = name in SETS and digest == SETS[name].sha256
-  return Prepared(rows, builder.info.metadata['rejected'], listed)
+  return Prepared(rows, builder.info.metadata['rejected'], listed, digest)
 
 
 def _row(features):

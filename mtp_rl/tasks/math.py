@@ -2,12 +2,15 @@ r"""Math problems with a boxed answer: prompts from data sets, verified.
 
 Left out of training, and counted in `report`: rows of an evaluation (named by
 the row, or equal to a problem of an evaluation set in the same folder but for
-case, spaces and punctuation), rows with conflicting answers, since one of them
-is a wrong reward, and prompts over rollout.max_prompt tokens.
+case, spaces and punctuation), rows with conflicting answers (named by the row,
+or of such equal problems), since one of them is a wrong reward, repetitions,
+and prompts over rollout.max_prompt tokens. Evaluation prompts over that length
+are left out too, and counted.
 
 The prompt's words are those of DAPO (Yu et al. 2025, arXiv 2503.14476).
 """
 
+import collections
 import logging
 import os
 import re
@@ -105,17 +108,25 @@ class Math:
     self._seed = seed
     seen = {fingerprint(r.problem) for n in kept_out for r in sets[n].rows}
     self.report = {
-        'overlapping': 0, 'conflicting': 0, 'too_long': {},
+        'overlapping': 0, 'conflicting': 0, 'repeated': 0, 'too_long': {},
+        'sha256': {n: s.sha256 for n, s in sets.items()},
         'unlisted': [n for n, s in sets.items() if not s.listed],
         'rejected': [r for s in sets.values() for r in s.rejected]}
-    chosen = []
-    for row in (r for n in train for r in sets[n].rows):
-      if row.overlaps or fingerprint(row.problem) in seen:
+    pool = [(fingerprint(r.problem), r) for n in train for r in sets[n].rows]
+    answers = collections.defaultdict(set)
+    for key, row in pool:
+      answers[key].add(verifiers.normal(row.answer))
+    chosen = {}
+    for key, row in pool:
+      if row.overlaps or key in seen:
         self.report['overlapping'] += 1
-      elif row.conflicting:
+      elif row.conflicting or len(answers[key]) > 1:
         self.report['conflicting'] += 1
+      elif key in chosen:
+        self.report['repeated'] += 1
       else:
-        chosen.append(row)
+        chosen[key] = row
+    chosen = list(chosen.values())
     tests = {n: _cut(sets[n].rows, t.held_out) for n in evals}
     if t.tokenizer:
       self.tokenizer = tokenizers.load(os.path.expanduser(t.tokenizer))

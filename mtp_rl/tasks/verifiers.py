@@ -10,15 +10,18 @@ The answer of a completion is the content of its last `\boxed{...}`. Decided:
 
 A reference that is an integer is matched strictly, as text: digits with a
 sign, thousands separators, `.0`, a currency or degree sign or a unit in
-`\text{}` around them. So `1+1`, `4/2`, `2^1` and `2\%` do not earn the reward
-of 2: the reward must not be had by copying an expression from the problem.
+`\text{}` around them. So `1+1`, `4/2`, `2^1`, `1 2` and `2\%` do not earn the
+reward of 2 or 12: it must not be had by copying from the problem.
 
-Any other reference is compared as text first (spacing and size commands
-aside), then by math-verify, which parses both sides with its own grammar and
+Other numbers (`2.5`, `3e8`, `1.6 \times 10^{-19}`) are compared as numbers, to
+a millionth of the reference. Any other pair is compared as text first (spacing
+and size commands aside), then by math-verify (never against a number below
+1e-3, which it would round to 0), which parses both sides with its own grammar and
 compares them in sympy, in worker processes with a clock and a memory bound:
 the text is untrusted. Source: github.com/huggingface/Math-Verify.
 """
 
+import decimal
 import functools
 import logging
 import re
@@ -33,9 +36,18 @@ _BOX = re.compile(r'\\boxed\s*\{')
 _BRACE = re.compile(r'\\.|[{}]', re.DOTALL)
 _SPACING = re.compile(
     r'\\(?:[,!;: ]|left(?![a-z])|right(?![a-z])|displaystyle)')
+_GROUPING = re.compile(r'(?<=[0-9])(?:,\\!|\\!,|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))')
 _UNIT = re.compile(
-    r'(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\(?:text|mathrm|mbox)\{[^{}0-9]*\})$')
+    r'(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|'
+    r'\\(?:text|mathrm|mbox)\{([^{}0-9%]*)\})$')
+_NO_UNIT = re.compile(
+    r'\b(?:or|and|to|half|percent|dozen|hundred|thousand|[mb]illion)\b')
 _INTEGER = re.compile(r'([+-]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?')
+_NUMBER = re.compile(
+    r'([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))'
+    r'(?:[eE]([+-]?[0-9]{1,3})|'
+    r'\\(?:times|cdot)10\^(?:\{([+-]?[0-9]{1,3})\}|([0-9])))?')
+_SMALL = decimal.Decimal('1e-3')
 
 
 def last_box(text):
@@ -52,7 +64,10 @@ def last_box(text):
 
 
 def _plain(text):
-  return _SPACING.sub('', text.replace('{,}', ',').replace('$', '')).strip()
+  text = _SPACING.sub(' ', _GROUPING.sub(',', text)).strip()
+  if len(text) > 1 and text[0] == text[-1] == '$':
+    text = text[1:-1].strip()
+  return text
 
 
 def integer(text):
@@ -60,18 +75,38 @@ def integer(text):
 
   `\$1{,}050.00` gives '1050', `-07^\circ` '-7', `2\%` and `1+1` None.
   """
-  text = _plain(text.replace(r'\$', ''))
-  match = _INTEGER.fullmatch(_UNIT.sub('', text).strip())
+  text = _plain(text).removeprefix(r'\$').strip()
+  unit = _UNIT.search(text)
+  if unit and not _NO_UNIT.search(unit[1] or ''):
+    text = text[:unit.start()].strip()
+  match = _INTEGER.fullmatch(text)
   if match is None:
     return None
   digits = match[2].replace(',', '').lstrip('0') or '0'
   return '-' + digits if match[1] == '-' and digits != '0' else digits
 
 
+def number(text):
+  r"""Return the Decimal that a text writes out, or None.
+
+  `2.50`, `3e8` and `3 \times 10^{8}` are numbers, `5/2` and `1 2` are none.
+  """
+  text = re.sub(r'\s*(\\times|\\cdot)\s*', r'\1', _plain(text))
+  match = _NUMBER.fullmatch(text)
+  if match is None:
+    return None
+  return decimal.Decimal(match[1]).scaleb(
+      int(match[2] or match[3] or match[4] or 0))
+
+
 def normal(text):
   """Return a text such that equal texts are the same answer."""
-  return integer(text) or re.sub(r'\s+', '', re.sub(
-      r'\\[dt]frac', r'\\frac', _plain(text))).rstrip('.')
+  whole = integer(text)
+  if whole:
+    return whole
+  text = re.sub(r'\\[dt]frac', r'\\frac', _plain(text))
+  apart = re.sub(r'(?<=[0-9])\s+(?=[0-9])', '\0', text)  # `1 2` is not 12
+  return re.sub(r'\s+', '', apart).rstrip('.').replace('\0', ' ')
 
 
 def answer(completion):
@@ -145,10 +180,17 @@ class MathVerifier:
     for i, (reference, text) in enumerate(
         zip(references, completions, strict=True)):
       given, right = answer(text), normal(reference)
-      if given and given == right:
-        rewards[i] = 1.
-      elif given and integer(reference) is None:
-        asked.append((i, [reference, last_box(text)]))
+      if not given or given == right or integer(reference):
+        rewards[i] = float(bool(given) and given == right)
+        continue
+      box, known = last_box(text), number(reference)
+      found = number(box)
+      if known is not None and found is not None:
+        rewards[i] = float(abs(found - known) <= abs(known) / 10 ** 6)
+      elif known is None:
+        asked.append((i, [reference, box]))
+      elif abs(known) >= _SMALL:
+        asked.append((i, [f'{known:f}', box]))
     scores = self._pool.score_all(request for _, request in asked)
     for (i, _), score in zip(asked, scores):
       rewards[i] = score
