@@ -16,9 +16,9 @@ reward of 2 or 12: it must not be had by copying from the problem.
 Other numbers (`2.5`, `3e8`, `1.6 \times 10^{-19}`) are compared as numbers, to
 a millionth of the reference. Any other pair is compared as text first (spacing
 and size commands aside), then by math-verify (never against a number below
-1e-3, which it would round to 0), which parses both sides with its own grammar and
-compares them in sympy, in worker processes with a clock and a memory bound:
-the text is untrusted. Source: github.com/huggingface/Math-Verify.
+1e-3, which it would round to 0), which parses both sides with its own grammar
+and compares them in sympy, in worker processes with a clock and a memory
+bound: the text is untrusted. Source: github.com/huggingface/Math-Verify.
 """
 
 import decimal
@@ -36,7 +36,8 @@ _BOX = re.compile(r'\\boxed\s*\{')
 _BRACE = re.compile(r'\\.|[{}]', re.DOTALL)
 _SPACING = re.compile(
     r'\\(?:[,!;: ]|left(?![a-z])|right(?![a-z])|displaystyle)')
-_GROUPING = re.compile(r'(?<=[0-9])(?:,\\!|\\!,|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))')
+_GROUPING = re.compile(
+    r'(?<=[0-9])(?:,\\!|\\!,|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))')
 _UNIT = re.compile(
     r'(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|'
     r'\\(?:text|mathrm|mbox)\{([^{}0-9%]*)\})$')
