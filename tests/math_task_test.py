@@ -249,13 +249,13 @@ def test_the_real_sets_hold_what_is_said_of_them(tmp_path):
                    train='dapo_math_17k', evals=','.join(datasets.EVALUATIONS))
   config.rollout.max_prompt = 10 ** 4
   task = tasks.make(config)
-  assert task.report['conflicting'] == 12
+  assert task.report['conflicting'] == 53  # 12 are named by the rows
   assert task.report['overlapping'] >= 37
   assert [len(v) for v in task.held_out().values()] == [
       30, 30, 40, 500, 272, 675]
   np.testing.assert_equal(
       task.report['prompts']['train'] + task.report['conflicting']
-      + task.report['overlapping'], 17255)
+      + task.report['repeated'] + task.report['overlapping'], 17255)
   print(task.report)
   task.close()
 
