@@ -25,7 +25,7 @@ def tiny_config(**sections):
       task=config_lib.Task(min_terms=2, max_terms=4, held_out=16),
       rollout=config_lib.Rollout(max_prompt=6, max_response=6),
       rl=config_lib.RL(steps=4, prompts=8, group=4, minibatches=2, lr=1e-3),
-      occ=config_lib.OCC(pieces=1),
+      occ=config_lib.OCC(pieces=2),
       optim=config_lib.Optim(eps=1e-3),
       warmup=config_lib.Warmup(steps=4, batch=8),
       eval=config_lib.Eval(every=2, samples=2),
