@@ -107,13 +107,9 @@ def preconditioned(view, config):
 
 def cross_fitted(view, config):
   """c from disjoint samples, the penalty from the step, L eta as tracked."""
-  parts, dot = view.parts(), _dot(config)
-  g_rl, g = parts[0]
-  for rl, heads in parts[1:]:
-    g_rl = tree.add(g_rl, rl)
-    g = [tree.add(a, b) for a, b in zip(g, heads)]
+  (g_rl, g), dot = view.gradients(), _dot(config)
   products = occ.gradient_products(g_rl, g, dot)
-  cross = occ.cross_products(parts, products.c, dot)
+  cross = occ.cross_products(view.parts(), products.c, dot)
   lam = occ.cross_fitted_coefficient(cross, products, view.smoothness, config)
   info = {'c_cross': jnp.sum(cross), 'smoothness': view.smoothness}
   return Estimate(lam, products, (g_rl, g), info)
