@@ -24,7 +24,7 @@ _ONLY = flags.DEFINE_list('only', [], 'Rows to time beside detach.')
 
 # Large buffers stay mapped between updates instead of being faulted in again:
 # worth about 1.15 times here, for every regime alike.
-_MALLOC = ('glibc.malloc.mmap_threshold=8589934592:'
+MALLOC = ('glibc.malloc.mmap_threshold=8589934592:'
            'glibc.malloc.trim_threshold=17179869184:'
            'glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1')
 V, R, S, ROWS = 64, 16, 32, 128
@@ -88,20 +88,29 @@ def matmul_peak(size=2048, repeats=12):
   return 2 * size ** 3 / min(seconds) / 1e9
 
 
-def update_flops(params, config, tokens, columns, heads):
+def update_flops(params, config, rows, vocab):
   """Return the FLOPs of forward and backward, without recomputation.
 
   6 per weight of a matmul and token (the output head on S of T columns, once
   for the main head and once a MTP head), and 12 T D per token and block for
   attention, whole T x T scores.
+
+  Args:
+    params: the model's parameters (those of frozen modules do not count).
+    config: `config.Config`.
+    rows: sequences of a minibatch.
+    vocab: V.
   """
   import jax
+  response = config.rollout.max_response
+  columns = config.rollout.max_prompt + response
+  heads = config.mtp.heads * (config.mtp.regime != 'rl_only')
   weights = sum(
       x.size for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
       if 'kernel' in str(path[-1]) and (heads or 'mtp' not in str(path[0])))
   blocks = config.model.n_layers + heads
-  head = V * config.model.d_model * (1 + heads) * S / columns
-  return tokens * (6 * (weights + head) +
+  head = vocab * config.model.d_model * (1 + heads) * response / columns
+  return rows * columns * (6 * (weights + head) +
                    12 * columns * config.model.d_model * blocks)
 
 
@@ -175,8 +184,7 @@ def main(unused_argv):
             file=sys.stderr, flush=True)
       runs[name], seconds[name] = [steps.update, state], []
       if REGIMES[name][1] != 'curvature':
-        flops[name] = update_flops(state.params, config, ROWS * (R + S), R + S,
-                                   int(name != 'rl_only'))
+        flops[name] = update_flops(state.params, config, ROWS, V)
     rates = _sampler_rate(_config(*REGIMES['detach']), runs['detach'][1].params,
                           mesh)
     for _ in range(_ROUNDS.value):
@@ -192,7 +200,7 @@ def main(unused_argv):
 
 if __name__ == '__main__':
   if 'GLIBC_TUNABLES' not in os.environ:
-    os.environ['GLIBC_TUNABLES'] = _MALLOC
+    os.environ['GLIBC_TUNABLES'] = MALLOC
     os.execv(sys.executable, [sys.executable, '-m', 'benchmarks.step',
                               *sys.argv[1:]])
   app.run(main)

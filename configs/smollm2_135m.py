@@ -33,15 +33,15 @@ def get_config(presets_='dapo'):
   config.model, mtp = presets.model('smollm2_135m')
   config.model.pretrained, config.model.head_chunk = weights(), 4
   config.mtp = dataclasses.replace(config.mtp, fresh=True, **mtp)
-  config.task = config_lib.Task(name='sums', tokenizer=weights(), min_terms=1,
-                                max_terms=2, largest=20, held_out=32,
-                                prefix='The answer is \\boxed{')
-  config.rollout = config_lib.Rollout(max_prompt=58, max_response=8)
-  config.warmup = config_lib.Warmup(steps=120, batch=16, lr=1.5e-4, train='mtp',
-                                    data='samples', pool=4, pool_steps=40)
+  config.task = config_lib.Task(name='sums', tokenizer=weights(), min_terms=2,
+                                max_terms=2, largest=20, held_out=64,
+                                prefix='{} =')
+  config.rollout = config_lib.Rollout(max_prompt=92, max_response=16)
+  config.warmup = config_lib.Warmup(steps=240, batch=16, lr=3e-4, train='mtp',
+                                    data='samples', pool=8, pool_steps=60)
   config.rl = config_lib.RL(steps=40, prompts=8, group=4, minibatches=2,
-                            lr=3e-5)
-  config.eval = config_lib.Eval(every=20, samples=1, batch=32)
-  config.optim = config_lib.Optim(weight_decay=0., warmup=40)
+                            lr=2e-5)
+  config.eval = config_lib.Eval(every=20, samples=1, batch=64)
+  config.optim = config_lib.Optim(weight_decay=0., warmup=80)
   config.run = config_lib.Run(checkpoint_every=20)
   return config_lib.preset(config, presets_)

@@ -7,12 +7,14 @@
 The first writes the checkpoint that a run of this config starts from; other
 runs take it by --config.warmup.init=DIR. The second writes the parameters of a
 run's latest checkpoint (--phase, --step for others) as config.json and
-*.safetensors, the MTP modules included.
+*.safetensors, the MTP modules included, and the tokenizer's files where the
+task has it from a folder (a GGUF file keeps its own).
 """
 
 import contextlib
 import dataclasses
 import os
+import shutil
 
 from absl import flags
 
@@ -24,6 +26,10 @@ _SOURCE = flags.DEFINE_string('source', None, 'Folder or .gguf file to read.')
 _TARGET = flags.DEFINE_string('target', None, 'Folder to write.')
 _PHASE = flags.DEFINE_enum('phase', 'rl', ['rl', 'warmup'], 'Whose checkpoint.')
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default: the latest.')
+# Of the tokenizer and its template, copied beside the weights.
+_WORDS = ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model',
+          'special_tokens_map.json', 'added_tokens.json', 'vocab.json',
+          'merges.txt', 'chat_template.jinja', 'generation_config.json')
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'],
                            'Of the written tensors; float32 is exact.')
 
@@ -57,6 +63,10 @@ def _write():
     with contextlib.closing(saved):
       params = saved.restore(steps.abstract, _STEP.value, params_only=True)
     pretrained.save(_TARGET.value, params, model, config.mtp, _DTYPE.value)
+  words = os.path.expanduser(config.task.tokenizer)
+  for name in _WORDS if os.path.isdir(words) else ():
+    if os.path.exists(os.path.join(words, name)):
+      shutil.copy(os.path.join(words, name), _TARGET.value)
   print(f'see {_TARGET.value}')
 
 

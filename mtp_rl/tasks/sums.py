@@ -1,10 +1,11 @@
-r"""Sums in words, for a small instruct model: prompt "What is 3 + 5? ...".
+r"""Sums in words, for a small instruct model: "What is 3 + 5?".
 
 `task.min_terms` to `task.max_terms` numbers from 0 to `task.largest`; the
 answer is boxed and matched as an integer (verifiers.py), so the sum copied
-into the box earns nothing. `task.prefix` is how the answer begins, written
-for the model: a small one never thinks of a box by itself. With a tokenizer
-of characters (task.tokenizer empty) it is a task for tests.
+into the box earns nothing. Two worked examples show the form, because a small
+model never thinks of a box by itself, and `task.prefix` is how the answer
+begins, written for the model, `{}` in it being the sum ("{} ="). With a
+tokenizer of characters (task.tokenizer empty) it is a task for tests.
 """
 
 import os
@@ -14,7 +15,9 @@ from mtp_rl import config as config_lib
 from mtp_rl import tokenizers, types
 from mtp_rl.tasks import generated, math, verifiers
 
-PROMPT = 'What is {}? Put the answer in \\boxed{{}}.'
+PROMPT = ('1 + 2 = 3 = \\boxed{{3}}\n'
+          '4 + 5 = 9 = \\boxed{{9}}\n'
+          'What is {}?')
 
 
 def make(task_config, seed):
@@ -38,12 +41,13 @@ class Sums(generated.Generated):
     self.tokenizer = self._words
 
   def _example(self, numbers):
-    text = PROMPT.format(' + '.join(map(str, numbers)))
-    total = str(sum(numbers))
-    prefix = self._config.prefix
+    terms, total = ' + '.join(map(str, numbers)), str(sum(numbers))
+    prefix = self._config.prefix.replace('{}', terms)
+    prompt = math.render(PROMPT.format(terms), self._words,
+                         self._config.template)
     return types.Example(
-        math.render(text, self._words, self._config.template) + prefix, total,
-        rf'\boxed{{{total}}}'.removeprefix(prefix))
+        prompt + prefix, total,
+        rf'{terms} = {total} = \boxed{{{total}}}'.removeprefix(prefix))
 
   def draw(self, rng):
     """Return one problem with its solution."""

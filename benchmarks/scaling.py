@@ -1,0 +1,169 @@
+"""Update time and memory against sequence length, batch and vocabulary.
+
+    python -m benchmarks.scaling --out=DIR [--rounds=5] [--cores=1]
+
+One process, pinned; the shapes of a sweep are timed in turn, round by round.
+Memory is what the compiled update says of its temporaries, beside the state.
+FLOPs are those of forward and backward without recomputation, over the matmul
+peak of the same process. Writes DIR/scaling.json and DIR/scaling.png.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+
+from absl import app, flags, logging
+
+from benchmarks import step
+
+_OUT = flags.DEFINE_string('out', None, 'Folder.', required=True)
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed rounds.', lower_bound=3)
+_CORES = flags.DEFINE_integer('cores', 1, 'CPU cores to pin to.', lower_bound=1)
+
+# Sweep -> (rows, columns, vocabulary) of its updates. Lengths at one number of
+# tokens, so that time should stay but for attention, and memory too.
+SWEEPS = {
+    'length': [(8192 // t, t, 256) for t in (256, 512, 1024, 2048, 4096)],
+    'batch': [(rows, 512, 256) for rows in (2, 4, 8, 16, 32)],
+    'vocabulary': [(8, 512, v) for v in (256, 2048, 16384, 65536)],
+}
+AXIS = {'length': 1, 'batch': 0, 'vocabulary': 2}
+ATTENTION = ('blocks', 'plain')
+
+
+def _config(rows, columns, attention):
+  from mtp_rl import config as config_lib
+  from mtp_rl import validate
+  config = config_lib.Config(
+      model=config_lib.Model(d_model=128, n_layers=4, n_heads=4, n_kv_heads=4,
+                             d_ff=512, attention=attention),
+      rl=config_lib.RL(prompts=2 * rows, group=1, minibatches=2),
+      rollout=config_lib.Rollout(max_prompt=columns // 4,
+                                 max_response=columns - columns // 4))
+  validate.validate(config)
+  return config
+
+
+def _batch(rows, columns, vocab):
+  import numpy as np
+
+  from mtp_rl import types
+  rng = np.random.default_rng(0)
+  answer = columns - columns // 4
+  tokens = rng.integers(3, vocab, (rows, columns)).astype(np.int32)
+  logp = lambda *shape: (rng.normal(size=shape) * .1 - 4).astype(np.float32)
+  return types.RolloutBatch(
+      tokens, np.ones((rows, columns), bool), np.ones((rows, answer), bool),
+      rng.normal(size=(rows, answer)).astype(np.float32), logp(rows, answer),
+      logp(rows, answer, 1), logp(rows, answer), logp(rows, answer))
+
+
+def _prepare(shape, attention, mesh):
+  """Return the row of a shape without its seconds, and how to run it."""
+  import jax
+
+  from mtp_rl import train_step
+  rows, columns, vocab = shape
+  config = _config(rows, columns, attention)
+  steps = train_step.make(config, vocab, mesh)
+  state, batch = steps.init(jax.random.key(0)), _batch(*shape)
+  compiled = steps.update.lower(state, batch).compile()
+  memory = compiled.memory_analysis()
+  state, _ = jax.block_until_ready(compiled(state, batch))
+  row = {'rows': rows, 'columns': columns, 'vocabulary': vocab,
+         'attention': attention,
+         'temporary_mib': memory.temp_size_in_bytes / 2 ** 20,
+         'logits_mib': rows * columns * vocab * 4 / 2 ** 20,
+         'flops': step.update_flops(state.params, config, rows, vocab)}
+  return row, compiled, [state], batch
+
+
+def _sweep(shapes, attention, mesh):
+  """Return a row of results for every shape of a sweep."""
+  import jax
+  runs = [_prepare(shape, attention, mesh) for shape in shapes]
+  seconds = [[] for _ in runs]
+  for _ in range(_ROUNDS.value):
+    for (_, compiled, state, batch), times in zip(runs, seconds):
+      start = time.perf_counter()
+      state[0], _ = jax.block_until_ready(compiled(state[0], batch))
+      times.append(time.perf_counter() - start)
+  for (row, *_), times in zip(runs, seconds):
+    row['seconds'] = statistics.median(times)
+    row['gflops'] = row['flops'] / row['seconds'] / 1e9
+  return [row for row, *_ in runs]
+
+
+def _draw(results, path):
+  import matplotlib
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+  figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout='constrained')
+  names = {'length': 'tokens a row (8192 in all)', 'batch': 'rows of 512',
+           'vocabulary': 'vocabulary (8 rows of 512)'}
+  for column, (sweep, label) in enumerate(names.items()):
+    for attention in ATTENTION:
+      rows = [r for r in results['rows']
+              if r['sweep'] == sweep and r['attention'] == attention]
+      key = ('columns', 'rows', 'vocabulary')[column]
+      x = [r[key] for r in rows]
+      axes[0, column].plot(x, [r['seconds'] for r in rows], 'o-',
+                           label=attention)
+      axes[1, column].plot(x, [r['temporary_mib'] for r in rows], 'o-',
+                           label=attention)
+    if sweep == 'vocabulary':
+      axes[1, column].plot(x, [r['logits_mib'] for r in rows], 'k:',
+                           label='float32 logits of all tokens')
+    for row in (0, 1):
+      axes[row, column].set(xscale='log', yscale='log', xlabel=label)
+      axes[row, column].grid(alpha=.3)
+  axes[0, 0].set_ylabel('seconds an update')
+  axes[1, 0].set_ylabel('temporaries, MiB')
+  axes[0, 0].legend()
+  axes[1, 2].legend()
+  figure.suptitle('OCC update, d 128, 4 layers, float32, '
+                  f'{results["cores"]} core(s), matmul peak '
+                  f'{results["peak_gflops"]:.0f} GFLOP/s')
+  figure.savefig(path, dpi=110)
+
+
+def main(unused_argv):
+  """Run the sweeps, print a table, write the JSON and the figure."""
+  logging.set_verbosity(logging.WARNING)
+  cores = sorted(os.sched_getaffinity(0))[-_CORES.value:]
+  os.sched_setaffinity(0, cores)
+  import jax
+
+  from mtp_rl import config as config_lib
+  from mtp_rl import sharding
+  mesh, rows = sharding.make_mesh(config_lib.Mesh()), []
+  with jax.set_mesh(mesh):
+    peak = step.matmul_peak()
+    print('sweep      attention  rows columns  vocab  seconds    MiB  GFLOP/s'
+          '  of peak')
+    for sweep, shapes in SWEEPS.items():
+      for attention in ATTENTION:
+        for row in _sweep(shapes, attention, mesh):
+          rows.append({'sweep': sweep} | row)
+          print(f'{sweep:10s} {attention:9s} {row["rows"]:5d} '
+                f'{row["columns"]:7d} {row["vocabulary"]:6d} '
+                f'{row["seconds"]:8.3f} {row["temporary_mib"]:6.0f} '
+                f'{row["gflops"]:8.0f} {100 * row["gflops"] / peak:7.0f}%',
+                flush=True)
+    peak = max(peak, step.matmul_peak())
+  results = {'cores': len(cores), 'peak_gflops': peak, 'rows': rows}
+  os.makedirs(_OUT.value, exist_ok=True)
+  with open(os.path.join(_OUT.value, 'scaling.json'), 'w',
+            encoding='utf-8') as f:
+    json.dump(results, f, indent=1)
+  _draw(results, os.path.join(_OUT.value, 'scaling.png'))
+
+
+if __name__ == '__main__':
+  if 'GLIBC_TUNABLES' not in os.environ:
+    os.environ['GLIBC_TUNABLES'] = step.MALLOC
+    os.execv(sys.executable, [sys.executable, '-m', 'benchmarks.scaling',
+                              *sys.argv[1:]])
+  app.run(main)
