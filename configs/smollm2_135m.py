@@ -40,8 +40,8 @@ def get_config(presets_='dapo'):
   config.warmup = config_lib.Warmup(steps=240, batch=16, lr=3e-4, train='mtp',
                                     data='samples', pool=8, pool_steps=60)
   config.rl = config_lib.RL(steps=40, prompts=8, group=4, minibatches=2,
-                            lr=2e-5)
+                            lr=4e-5)
   config.eval = config_lib.Eval(every=20, samples=1, batch=64)
-  config.optim = config_lib.Optim(weight_decay=0., warmup=80)
+  config.optim = config_lib.Optim(weight_decay=0., warmup=160)
   config.run = config_lib.Run(checkpoint_every=20)
   return config_lib.preset(config, presets_)

@@ -39,9 +39,13 @@ class Generated:
       if len(test) == held_out:
         break
       example = self.draw(rng)
-      if is_held_out(example.prompt):
+      if self.keeps_out(example.prompt):
         test.setdefault(example.prompt, example)
     self._test = list(test.values())
+
+  def keeps_out(self, prompt):
+    """Return whether a prompt belongs to evaluation."""
+    return is_held_out(prompt)
 
   def _rng(self, stream, step):
     return np.random.default_rng([self._seed, stream, step])
@@ -50,7 +54,7 @@ class Generated:
     rng, out = self._rng(stream, step), []
     while len(out) < count:
       example = self.draw(rng)
-      if not is_held_out(example.prompt):
+      if not self.keeps_out(example.prompt):
         out.append(finish(example, rng))
     return out
 
