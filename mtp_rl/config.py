@@ -38,6 +38,7 @@ class Model:
   qk_norm: bool = False
   tie_embeddings: bool = True
   dtype: str = 'float32'  # of the computation; parameters stay float32
+  attention: str = 'auto'  # form of the computation; see models/attention.py
   remat: str = 'dots'  # kept for the backward pass: all but 'none' recompute
   head_chunk: int = 16  # columns per slice of the output head; 0: all at once
   pretrained: str = ''  # Hugging Face folder or GGUF file to start from

@@ -155,7 +155,7 @@ def forward(params, tokens, valid, *, config, vocab_size, heads=True,
   (logp, ent), back_main = jax.vjp(lambda p, x: main(p, x, tokens), above, x)
 
   def pull_trunk(boundary):
-    lower, = back(boundary.trunk)
+    lower, = back(boundary.trunk.astype(x.dtype))
     both = lower['embed'], boundary.readout['embed']
     return {**boundary.readout, **lower,
             'embed': jax.tree.map(lambda a, b: a + b, *both)}

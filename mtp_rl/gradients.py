@@ -10,6 +10,7 @@ The objectives see the log-probs of the whole minibatch, so lambda and every
 denominator are the same for any number of microbatches or devices.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from mtp_rl import config as config_lib
 from mtp_rl import estimators, forward, occ, sharding, tree
+from mtp_rl.models import attention
 from mtp_rl.objectives import logprobs, policy
 from mtp_rl.objectives import mtp as mtp_loss
 
@@ -209,6 +211,8 @@ class Minibatch:
     is J with the log-probs of all other rows held constant.
     """
     psi, theta = tree.head(self.params), tree.shared(self.params)
+    config = dataclasses.replace(
+        self.config, model=attention.without_kernels(self.config.model))
 
     def put(whole, i, part):
       if self._pieces == 1:
@@ -222,7 +226,7 @@ class Minibatch:
       def value(theta):
         i, tokens, valid = part
         out = forward.score({**theta, **psi}, tokens, valid, heads=False,
-                            config=self.config, vocab_size=self._vocab_size,
+                            config=config, vocab_size=self._vocab_size,
                             entropy=self._entropy)
         entropy = put(self.entropy, i, out.entropy) if self._entropy else 0.
         return -policy.rl_loss(put(self.main, i, out.main), entropy,

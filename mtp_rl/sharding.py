@@ -84,6 +84,11 @@ def batch_devices(mesh_config):
   return math.prod(getattr(mesh_config, axis) for axis in BATCH)
 
 
+def batch_size(mesh):
+  """Return over how many devices a mesh splits a batch."""
+  return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def batch_sharding(mesh):
   """Return the sharding that splits the leading axis over the batch axes."""
   return NamedSharding(mesh, P(BATCH))

@@ -150,7 +150,7 @@ def make(config, vocab_size, mesh, phase='rl'):
                                               config.occ.lambda_plus))
 
   with jax.set_mesh(mesh):
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
   shardings = sharding.tree_shardings(shapes, mesh)
   abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

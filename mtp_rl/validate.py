@@ -4,7 +4,8 @@ from mtp_rl import config as config_lib
 from mtp_rl import masked
 
 CHOICES = {
-    'model.remat': ('none', 'dots', 'block'),
+    'model.remat': ('none', 'dots', 'attention', 'block'),
+    'model.attention': ('auto', 'plain', 'blocks', 'splash', 'cudnn'),
     'model.dtype': ('float32', 'bfloat16'),
     'mtp.regime': config_lib.REGIMES,
     'mtp.reference': ('main_old', 'mtp_old'),

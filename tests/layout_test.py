@@ -11,7 +11,7 @@ FLOORS = (
     ('types', 'tree', 'masked', 'intervals'),
     ('config',),
     ('sharding', 'tokenizers', 'validate', 'signals'),
-    ('models.moe', 'models.presets', 'models.sources'),
+    ('models.attention', 'models.moe', 'models.presets', 'models.sources'),
     ('models.transformer',),
     ('models.mtp', 'models.pretrained'),
     ('objectives.logprobs', 'objectives.advantages', 'objectives.policy',

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtp_rl import forward, tree
-from mtp_rl.models import transformer
+from mtp_rl.models import attention, transformer
 from mtp_rl.objectives import logprobs
 from tests import conftest
 
@@ -106,9 +106,11 @@ def test_attention_is_softmax_attention():
   rng = np.random.default_rng(0)
   q = rng.normal(size=(2, 3, 4, 8)).astype(np.float32)
   k, v = rng.normal(size=(2, 2, 5, 2, 8)).astype(np.float32)
-  mask = rng.random((2, 3, 5)) < .6
-  mask[..., 0] = True
-  got = transformer.attend(q, k, v, jnp.asarray(mask))
+  keys = np.array([[1, 1, 2, 2, 1], [0, 1, 1, 1, 0]])  # segments
+  queries, columns = np.array([[1, 2, 2], [1, 1, 1]]), np.array([1, 3, 4])
+  mask = ((queries[..., None] == keys[:, None])
+          & (np.arange(5) <= columns[:, None]))
+  got = attention.attend(q, k, v, attention.Rows(queries, keys, columns))
   for head in range(4):  # query heads 0, 1 share kv head 0; 2, 3 share 1
     s = np.einsum('btc,buc->btu', q[:, :, head], k[:, :, head // 2]) / 8 ** .5
     w = np.exp(np.where(mask, s, -np.inf))

@@ -121,11 +121,9 @@ def _on_mesh(x, chosen, weights, gate, up, down):
   whole = functools.partial(mixture, x, chosen, weights, gate, up, down)
   if mesh.empty or mesh.size == 1:
     return whole()
-  rows = 1
-  for axis in sharding.BATCH:
-    rows *= mesh.shape[axis]
-  if x.shape[0] % rows or gate.shape[0] % mesh.shape['expert'] or (
-      gate.shape[2] % mesh.shape['model']):
+  if (x.shape[0] % sharding.batch_size(mesh)
+      or gate.shape[0] % mesh.shape['expert']
+      or gate.shape[2] % mesh.shape['model']):
     return whole()  # what does not divide is left to the compiler
 
   def local(x, chosen, weights, gate, up, down):

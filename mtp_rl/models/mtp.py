@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_rl.models import transformer
+from mtp_rl.models import attention, transformer
 
 
 class Module(nn.Module):
@@ -30,7 +30,7 @@ class Module(nn.Module):
   concat: str
 
   @nn.compact
-  def __call__(self, hidden, embedding, angles, mask):
+  def __call__(self, hidden, embedding, angles, rows):
     m = self.model
     h = transformer.RMSNorm(m.norm_eps, name='hidden_norm')(hidden)
     e = transformer.RMSNorm(m.norm_eps, name='embedding_norm')(embedding)
@@ -38,7 +38,7 @@ class Module(nn.Module):
     u = transformer.Linear(m.d_model, dtype=jnp.dtype(m.dtype), name='proj')(
         jnp.concatenate(pair, -1))
     block = transformer.Block(m, bool(m.experts), name='block')
-    (x, _), _ = block((u, None), 0, angles, mask, 0)
+    (x, _), _ = block((u, None), 0, angles, rows, 0)
     return transformer.RMSNorm(m.norm_eps, name='final_norm')(x)
 
 
@@ -47,10 +47,10 @@ class ParallelModule(nn.Module):
   model: object  # config.Model
 
   @nn.compact
-  def __call__(self, hidden, angles, mask):
+  def __call__(self, hidden, angles, rows):
     block = transformer.Block(self.model, bool(self.model.experts),
                               name='block')
-    (x, _), _ = block((hidden, None), 0, angles, mask, 0)
+    (x, _), _ = block((hidden, None), 0, angles, rows, 0)
     return transformer.RMSNorm(self.model.norm_eps, name='final_norm')(x)
 
 
@@ -60,12 +60,12 @@ class Modules(nn.Module):
   mtp: object  # config.MTP
 
   @nn.compact
-  def __call__(self, hidden, embeddings, angles, mask):
+  def __call__(self, hidden, embeddings, angles, rows):
     if self.mtp.detach_hidden:
       hidden = jax.lax.stop_gradient(hidden)
     if self.mtp.kind == 'parallel':
       module = transformer.rematerialised(ParallelModule, self.model.remat)
-      return tuple(module(self.model, name=f'depth_{k}')(hidden, angles, mask)
+      return tuple(module(self.model, name=f'depth_{k}')(hidden, angles, rows)
                    for k in range(1, self.mtp.heads + 1))
     if self.mtp.detach_embedding:
       embeddings = jax.lax.stop_gradient(embeddings)
@@ -76,7 +76,7 @@ class Modules(nn.Module):
       # round, and no earlier column can see them.
       ahead = jnp.roll(embeddings, -k, axis=1)
       hidden = module(self.model, self.mtp.concat, name=f'depth_{k}')(
-          hidden, ahead, angles, mask)
+          hidden, ahead, angles, rows)
       states.append(hidden)
     return tuple(states)
 
@@ -123,8 +123,8 @@ class Decoder(nn.Module):
   def trunk(self, tokens, valid):
     """Return the residual stream [B, T, D] before the final norm."""
     angles = self._angles(transformer.positions_of(valid))
-    mask = transformer.causal_mask(valid, jnp.arange(tokens.shape[1]))
-    (x, _) = self.blocks((self.embed(tokens), None), angles, mask, 0)
+    (x, _) = self.blocks((self.embed(tokens), None), angles,
+                         attention.full(valid), 0)
     return x
 
   def norm(self, x):
@@ -136,10 +136,9 @@ class Decoder(nn.Module):
     if not self.mtp.heads:
       return ()
     angles = self._angles(transformer.positions_of(valid))
-    mask = transformer.causal_mask(valid, jnp.arange(tokens.shape[1]))
     below = self.final_norm(x) if self.mtp.hidden == 'post_norm' else x
     embeddings = None if self.mtp.kind == 'parallel' else self.embed(tokens)
-    return self.modules(below, embeddings, angles, mask)
+    return self.modules(below, embeddings, angles, attention.full(valid))
 
   def decode(self, tokens, positions, key_valid, cache, column):
     """Extend the cache by the columns of `tokens` and return their states.
@@ -149,13 +148,16 @@ class Decoder(nn.Module):
       positions: int32 [B, T], the tokens' places among the valid ones.
       key_valid: bool [B, U], valid columns of the cache, these included.
       cache: `transformer.Cache` of U columns.
-      column: int32 [].
+      column: int32 [], or None for the first columns of an empty cache.
 
     Returns:
       h^0 after the final norm [B, T, D], and the new cache.
     """
-    columns = column + jnp.arange(tokens.shape[1])
-    mask = transformer.causal_mask(key_valid, columns)
+    count, column_ = tokens.shape[1], 0 if column is None else column
+    keys = key_valid.astype(jnp.int32)
+    here = jax.lax.dynamic_slice_in_dim(keys, column_, count, 1)
+    rows = (attention.full(here) if column is None else attention.Rows(
+        here, keys, column + jnp.arange(count)))
     x, cache = self.blocks((self.embed(tokens), cache),
-                           self._angles(positions), mask, column)
+                           self._angles(positions), rows, column_)
     return self.final_norm(x), cache

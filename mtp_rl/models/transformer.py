@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_rl import sharding
-from mtp_rl.models import moe
+from mtp_rl.models import attention, moe
 
 
 class Cache(NamedTuple):
@@ -87,48 +87,22 @@ def rotate(x, cos, sin):
   return jnp.concatenate([y, x[..., turned:]], -1)
 
 
-def attend(query, key, value, mask):
-  """Return softmax(q k^T / sqrt(C)) v, softmax in float32.
-
-  Args:
-    query: [B, T, H, C].
-    key, value: [B, U, N, C] with H a multiple of N.
-    mask: bool [B, T, U].
-
-  Returns:
-    [B, T, H, C].
-  """
-  b, t, h, c = query.shape
-  u, n = key.shape[1:3]
-  # Batched matmuls on [B * N, ...], the h / n query heads of a group as rows;
-  # dividing after the second matmul spares a pass over the weights.
-  q = (query * c ** -0.5).reshape(b, t, n, h // n, c)
-  q = q.transpose(0, 2, 3, 1, 4).reshape(b * n, h // n * t, c)
-  k, v = (x.swapaxes(1, 2).reshape(b * n, u, c) for x in (key, value))
-  bias = jnp.where(mask, 0., -1e30).astype(jnp.float32)  # [B, T, U]
-  bias = jnp.broadcast_to(bias[:, None], (b, h, t, u))
-  scores = jnp.matmul(q, k.swapaxes(1, 2), preferred_element_type=jnp.float32)
-  scores = scores + bias.reshape(b * n, h // n * t, u)
-  top = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
-  weights = jnp.exp(scores - top)
-  y = jnp.matmul(weights.astype(v.dtype), v,
-                 preferred_element_type=jnp.float32)
-  y = (y / jnp.sum(weights, -1, keepdims=True)).astype(query.dtype)
-  return y.reshape(b, h, t, c).swapaxes(1, 2)
-
-
 def rematerialised(module, policy):
   """Return the module class under a rematerialisation policy.
 
   'none' keeps everything for the backward pass, 'dots' the results of weight
-  matmuls only (fastest on CPU: 1.3 times 'none' at d 128, 4 layers), 'block'
-  nothing but the inputs.
+  matmuls and of attention (fastest on CPU: 1.3 times 'none' at d 128, 4
+  layers), 'attention' the latter alone, 'block' nothing but the inputs.
   """
   if policy == 'none':
     return module
+  policies = jax.checkpoint_policies
   saved = {
-      'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-      'block': jax.checkpoint_policies.nothing_saveable}[policy]
+      'dots': policies.save_from_both_policies(
+          policies.dots_with_no_batch_dims_saveable,
+          policies.save_only_these_names(attention.NAME)),
+      'attention': policies.save_only_these_names(attention.NAME),
+      'block': policies.nothing_saveable}[policy]
   return nn.remat(module, prevent_cse=False, policy=saved)
 
 
@@ -137,9 +111,12 @@ class Attention(nn.Module):
   config: object  # config.Model
 
   @nn.compact
-  def __call__(self, x, angles, mask, cache, layer, column):
+  def __call__(self, x, angles, rows, cache, layer, column):
     m = self.config
     channels = head_channels(m)
+    kind = 'plain'
+    if rows.columns is None:
+      kind = attention.resolve(m.attention, channels, x.shape[1], m.dtype)
     linear = functools.partial(Linear, dtype=jnp.dtype(m.dtype))
     split = lambda y, n: y.reshape(*y.shape[:2], n, channels)
     q = split(linear(m.n_heads * channels, m.qkv_bias, name='query')(x),
@@ -156,8 +133,9 @@ class Attention(nn.Module):
       start = (layer, 0, column, 0, 0)
       cache = Cache(*[jax.lax.dynamic_update_slice(c, y[None], start)
                       for c, y in zip(cache, (k, v))])
-      k, v = cache.key[layer], cache.value[layer]
-    y = attend(q, k, v, mask)
+      if rows.columns is not None:
+        k, v = cache.key[layer], cache.value[layer]
+    y = attention.attend(q, k, v, rows, kind)
     y = linear(m.d_model, name='out')(y.reshape(*x.shape[:2], -1))
     return y, cache
 
@@ -173,19 +151,18 @@ class Block(nn.Module):
   sparse: bool = False
 
   @nn.compact
-  def __call__(self, carry, layer, angles, mask, column):
+  def __call__(self, carry, layer, angles, rows, column):
     m = self.config
     x, cache = carry
     linear = functools.partial(Linear, dtype=jnp.dtype(m.dtype))
     y, cache = Attention(m, name='attention')(
-        RMSNorm(m.norm_eps, name='attention_norm')(x), angles, mask, cache,
+        RMSNorm(m.norm_eps, name='attention_norm')(x), angles, rows, cache,
         layer, column)
     x = x + y
     y = RMSNorm(m.norm_eps, name='mlp_norm')(x)
     width = m.shared_experts * m.expert_ff if self.sparse else m.d_ff
     if self.sparse:
-      valid = jnp.diagonal(mask, axis1=1, axis2=2)  # read in full forwards
-      x = x + moe.Experts(m, name='experts')(y, valid)
+      x = x + moe.Experts(m, name='experts')(y, rows.queries > 0)
     if width:
       z = nn.silu(linear(width, name='gate')(y)) * linear(width, name='up')(y)
       x = x + linear(m.d_model, name='down')(z)
@@ -200,7 +177,7 @@ class Stack(nn.Module):
   config: object  # config.Model
 
   @nn.compact
-  def __call__(self, carry, angles, mask, column):
+  def __call__(self, carry, angles, rows, column):
     m = self.config
     block = rematerialised(Block, m.remat)
     dense = m.dense_layers if m.experts else 0
@@ -214,7 +191,7 @@ class Stack(nn.Module):
           split_rngs={'params': True},
           in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
           length=layers.size)
-      carry, _ = scanned(m, sparse, name=name)(carry, layers, angles, mask,
+      carry, _ = scanned(m, sparse, name=name)(carry, layers, angles, rows,
                                                column)
     return carry
 
@@ -243,20 +220,19 @@ def rotary_channels(model_config):
   return int(head_channels(model_config) * model_config.rotary)
 
 
-def positions_of(valid):
-  """Return int32 [B, T]: each token's place among its row's valid tokens."""
-  return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
-
-
-def causal_mask(valid, columns):
-  """Return bool [B, T, U]: query column may see key column.
+def positions_of(segments):
+  """Return int32 [B, T]: each token's place among its segment's tokens.
 
   Args:
-    valid: bool [B, U], keys that exist.
-    columns: int32 [T], the queries' columns.
+    segments: int32 [B, T], 0 at padding; or bool, one segment a row.
   """
-  causal = jnp.arange(valid.shape[1])[None, :] <= columns[:, None]
-  return valid[:, None, :] & causal[None]
+  segments = segments.astype(jnp.int32)
+  there = segments > 0
+  count = jnp.cumsum(there.astype(jnp.int32), axis=1)
+  before = jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+  start = jax.lax.cummax(
+      jnp.where(there & (segments != before), count, 0), axis=1)
+  return jnp.maximum(count - jnp.maximum(start, 1), 0)
 
 
 def empty_cache(model_config, batch, length):

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from mtp_rl import sharding
 
 
 class LogProbs(NamedTuple):
@@ -91,12 +94,86 @@ def _by_chunks(function, chunk, states, targets):
   return jax.tree.map(paste, out)
 
 
-def _log_softmax(states, matrix, temperature):
-  flat = states.reshape(-1, states.shape[-1])
-  logits = jnp.matmul(flat, matrix.astype(flat.dtype),
-                      preferred_element_type=jnp.float32)
-  logits = logits.reshape(*states.shape[:-1], -1)
-  return jax.nn.log_softmax(logits / temperature)
+class _Vocabulary(NamedTuple):
+  """Log-softmax over columns of the head that may lie on several devices.
+
+  Attributes:
+    matrix: [D, V], or this device's columns of it.
+    axis: mesh axis that V is split over, or None.
+    temperature: divides the logits.
+  """
+  matrix: jax.Array
+  axis: str | None
+  temperature: float
+
+  def _over(self, reduce, x):
+    return reduce(x, self.axis) if self.axis else x
+
+  def _first(self):
+    return (jax.lax.axis_index(self.axis) * self.matrix.shape[1]
+            if self.axis else 0)
+
+  def log_softmax(self, states, detach=False):
+    """Return log-probs [..., V] of states [..., D], this device's columns."""
+    flat = states.reshape(-1, states.shape[-1])
+    matrix = jax.lax.stop_gradient(self.matrix) if detach else self.matrix
+    logits = jnp.matmul(flat, matrix.astype(flat.dtype),
+                        preferred_element_type=jnp.float32)
+    logits = logits.reshape(*states.shape[:-1], -1) / self.temperature
+    top = self._over(jax.lax.pmax, jax.lax.stop_gradient(
+        jnp.max(logits, -1, keepdims=True)))
+    total = self.sum(jnp.exp(logits - top))
+    return logits - top - jnp.log(total)[..., None]
+
+  def sum(self, x):
+    """Return the sum over V."""
+    return self._over(jax.lax.psum, jnp.sum(x, -1))
+
+  def pick(self, x, targets):
+    """Return x at the columns `targets`, int32 [...]."""
+    if not self.axis:
+      return jnp.take_along_axis(x, targets[..., None], -1)[..., 0]
+    local = targets - self._first()
+    here = (local >= 0) & (local < x.shape[-1])
+    local = jnp.clip(local, 0, x.shape[-1] - 1)
+    x = jnp.take_along_axis(x, local[..., None], -1)[..., 0]
+    return jax.lax.psum(jnp.where(here, x, 0.), self.axis)
+
+  def argmax(self, x):
+    """Return the column of the largest x, the first of equals."""
+    x = jax.lax.stop_gradient(x)
+    best = jnp.argmax(x, -1) + self._first()
+    if not self.axis:
+      return best
+    top = jnp.max(x, -1)
+    most = jax.lax.pmax(top, self.axis)
+    return jax.lax.pmin(jnp.where(top == most, best, jnp.iinfo(jnp.int32).max),
+                        self.axis)
+
+
+def _on_mesh(function, states, matrix, targets):
+  """Call function(states, matrix, targets, axis) on each device's rows.
+
+  The head is gathered over 'fsdp' once, before the chunks, and stays split
+  over 'model'; its gradient is summed over the devices once, after them.
+  Left to the compiler both would happen in every chunk.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or (
+      targets.shape[0] % sharding.batch_size(mesh)):
+    return function(states, matrix, targets, None)
+  axis = 'model' if (mesh.shape['model'] > 1
+                     and matrix.shape[1] % mesh.shape['model'] == 0) else None
+  split = 'fsdp' if matrix.shape[0] % mesh.shape['fsdp'] == 0 else None
+
+  def local(states, matrix, targets):
+    if split:
+      matrix = jax.lax.all_gather(matrix, split, axis=0, tiled=True)
+    return function(states, matrix, targets, axis)
+
+  rows = P(sharding.BATCH)
+  return jax.shard_map(local, in_specs=(rows, P(split, axis), rows),
+                       out_specs=rows)(states, matrix, targets)
 
 
 def token_logprobs(hidden, heads, matrix, tokens, responses, *, chunk=0,
@@ -121,28 +198,29 @@ def token_logprobs(hidden, heads, matrix, tokens, responses, *, chunk=0,
   """
   states = tuple(response_states(h, k, responses)
                  for k, h in enumerate((hidden, *heads)) if h is not None)
+  first = int(hidden is not None)
 
-  def score(states, targets):
-    pick = lambda logp: jnp.take_along_axis(logp, targets[..., None],
-                                            -1)[..., 0]
+  def score(states, targets, v):
     stack = lambda xs: (jnp.stack(xs, -1) if xs else
                         jnp.zeros((*targets.shape, 0)))
-    other = jax.lax.stop_gradient(matrix) if detach_head else matrix
-    ahead = [_log_softmax(h, other, temperature)
-             for h in states[hidden is not None:]]
-    out = LogProbs(None, stack([pick(q) for q in ahead]))
+    ahead = [v.log_softmax(h, detach_head) for h in states[first:]]
+    out = LogProbs(None, stack([v.pick(q, targets) for q in ahead]))
     if hidden is None:
       return out
-    main = _log_softmax(states[0], matrix, temperature)
-    out = out._replace(main=pick(main))
+    main = v.log_softmax(states[0])
+    out = out._replace(main=v.pick(main, targets))
     if entropy:
-      out = out._replace(entropy=-jnp.sum(jnp.exp(main) * main, -1))
+      out = out._replace(entropy=-v.sum(jnp.exp(main) * main))
     if acceptance:
-      best = jnp.argmax(main, -1)
+      best = v.argmax(main)
       out = out._replace(
-          top1=stack([jnp.argmax(q, -1) == best for q in ahead]),
-          overlap=stack([jnp.sum(jnp.exp(jnp.minimum(main, q)), -1)
+          top1=stack([v.argmax(q) == best for q in ahead]),
+          overlap=stack([v.sum(jnp.exp(jnp.minimum(main, q)))
                          for q in ahead]))
     return out
 
-  return _by_chunks(score, chunk, states, tokens[:, -responses:])
+  def local(states, matrix, targets, axis):
+    v = _Vocabulary(matrix, axis, temperature)
+    return _by_chunks(lambda s, t: score(s, t, v), chunk, states, targets)
+
+  return _on_mesh(local, states, matrix, tokens[:, -responses:])

@@ -98,7 +98,7 @@ def generate(params, prompts, prompt_valid, key, *, config, vocab_size, ends,
   cache = transformer.empty_cache(config.model, prompts.shape[0], r + s)
   pad = jnp.zeros((prompts.shape[0], s), bool)
   logits, cache = decode(prompts, transformer.positions_of(prompt_valid),
-                         jnp.concatenate([prompt_valid, pad], 1), cache, 0)
+                         jnp.concatenate([prompt_valid, pad], 1), cache, None)
   # The prompt is read once and its cache copied to the G samples.
   spread = functools.partial(jnp.repeat, repeats=group, axis=0)
   state = SamplingState(

@@ -1,0 +1,222 @@
+"""Causal grouped-query attention, in the form that suits the target.
+
+    plain    softmax(q k^T / sqrt(C)) v, all scores at once
+    blocks   the same, a block of queries at a time: never T x T scores
+    splash   JAX's Pallas kernel for TPU
+    cudnn    `jax.nn.dot_product_attention` by cuDNN, for GPU
+
+All see the same keys: those of the query's own segment, up to its column. The
+two kernels have a gradient but no gradient of a gradient, so a
+Hessian-vector product takes 'blocks' (`without_kernels`).
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from mtp_rl import config as config_lib
+from mtp_rl import sharding
+
+NAME = 'attention'  # of the result, for rematerialisation policies
+BLOCK = 256  # queries whose scores are alive at once
+_LONG = 512  # columns from which 'auto' takes blocks
+_PARTS = 4  # of the queries, each with only the keys that it may see
+_TILE = 512  # of the splash kernel, at most
+_LANES = 128  # what its sizes must be multiples of
+
+
+class Rows(NamedTuple):
+  """Which keys a query sees.
+
+  Attributes:
+    queries: int32 [B, T], segment of each query; 0 is padding.
+    keys: int32 [B, U], segment of each key.
+    columns: int32 [T], the keys' columns where the queries stand, or None
+      where T = U and they stand in their own.
+  """
+  queries: jax.Array
+  keys: jax.Array
+  columns: jax.Array | None = None
+
+
+def full(segments):
+  """Return the `Rows` of whole sequences, int32 or bool [B, T]."""
+  segments = segments.astype(jnp.int32)
+  return Rows(segments, segments)
+
+
+def resolve(kind, channels, columns, dtype):
+  """Return the form that model.attention = 'auto' stands for.
+
+  Args:
+    kind: model.attention.
+    channels: C.
+    columns: T.
+    dtype: of the computation.
+
+  Raises:
+    config.ConfigError: the target has no such kernel.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  platform = device.platform if device else jax.default_backend()
+  fits = (platform == 'tpu' and channels % _LANES == 0
+          and columns % _LANES == 0)
+  if kind == 'splash' and not fits:
+    raise config_lib.ConfigError(
+        f'model.attention=splash needs a TPU and multiples of {_LANES}, but '
+        f'this is {platform} with {channels} channels a head and {columns} '
+        'columns; set model.attention=auto')
+  if kind == 'cudnn' and platform not in ('gpu', 'cuda'):
+    raise config_lib.ConfigError(
+        f'model.attention=cudnn needs a GPU, but this is {platform}; set '
+        'model.attention=auto')
+  if kind != 'auto':
+    return kind
+  if fits:
+    return 'splash'
+  if platform in ('gpu', 'cuda') and jnp.dtype(dtype).itemsize == 2:
+    return 'cudnn'
+  return 'blocks' if columns > _LONG else 'plain'
+
+
+def without_kernels(model_config):
+  """Return a `config.Model` whose attention can be differentiated twice."""
+  kind = model_config.attention
+  if kind in ('splash', 'cudnn', 'auto'):
+    kind = 'blocks'
+  return dataclasses.replace(model_config, attention=kind)
+
+
+def attend(query, key, value, rows, kind='plain'):
+  """Return softmax(q k^T / sqrt(C)) v, softmax in float32.
+
+  Args:
+    query: [B, T, H, C].
+    key, value: [B, U, N, C] with H a multiple of N.
+    rows: `Rows`.
+    kind: see the module's text; all but 'plain' take whole sequences.
+
+  Returns:
+    [B, T, H, C].
+  """
+  form = {'plain': plain, 'blocks': blocks, 'splash': splash,
+          'cudnn': aligned}[kind]
+  return checkpoint_name(form(query, key, value, rows), NAME)
+
+
+def plain(query, key, value, rows):
+  """Hold all scores [B, H, T, U] at once; see `attend`."""
+  b, t, h, c = query.shape
+  u, n = key.shape[1:3]
+  columns = jnp.arange(t) if rows.columns is None else rows.columns
+  mask = ((rows.queries[:, :, None] == rows.keys[:, None, :])
+          & (jnp.arange(u)[None, :] <= columns[:, None]))
+  # Batched matmuls on [B * N, ...], the h / n query heads of a group as rows;
+  # dividing after the second matmul spares a pass over the weights.
+  q = (query * c ** -0.5).reshape(b, t, n, h // n, c)
+  q = q.transpose(0, 2, 3, 1, 4).reshape(b * n, h // n * t, c)
+  k, v = (x.swapaxes(1, 2).reshape(b * n, u, c) for x in (key, value))
+  bias = jnp.where(mask, 0., -1e30).astype(jnp.float32)  # [B, T, U]
+  bias = jnp.broadcast_to(bias[:, None], (b, h, t, u))
+  scores = jnp.matmul(q, k.swapaxes(1, 2), preferred_element_type=jnp.float32)
+  scores = scores + bias.reshape(b * n, h // n * t, u)
+  top = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
+  weights = jnp.exp(scores - top)
+  y = jnp.matmul(weights.astype(v.dtype), v,
+                 preferred_element_type=jnp.float32)
+  y = (y / jnp.sum(weights, -1, keepdims=True)).astype(query.dtype)
+  return y.reshape(b, h, t, c).swapaxes(1, 2)
+
+
+def blocks(query, key, value, rows, block=BLOCK):
+  """Take `block` queries at a time, recomputed in the backward pass.
+
+  The queries pass in a few parts, each with the keys up to its own end, so
+  that about 5/8 of the scores are computed, not all; see `attend`.
+  """
+  t = query.shape[1]
+  n = -(-t // block)  # blocks in all
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, n * block - t))
+                          + ((0, 0),) * (x.ndim - 2))
+  cut = lambda x: jnp.moveaxis(
+      pad(x).reshape(x.shape[0], n, block, *x.shape[2:]), 1, 0)
+  q, segments = cut(query), cut(rows.queries)
+  columns = jnp.arange(n * block).reshape(n, block)
+  out = []
+  for first, last in _parts(n):
+    end = min(last * block, t)
+    seen = key[:, :end], value[:, :end], rows.keys[:, :end]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(xs, seen=seen):
+      k, v, keys = seen
+      return plain(xs[0], k, v, Rows(xs[1], keys, xs[2]))
+
+    out.append(jax.lax.map(one, tuple(
+        x[first:last] for x in (q, segments, columns))))
+  y = jnp.moveaxis(jnp.concatenate(out), 0, 1)
+  return y.reshape(y.shape[0], n * block, *y.shape[3:])[:, :t]
+
+
+def _parts(n):
+  """Return at most `_PARTS` runs (first, last) of n blocks."""
+  ends = sorted({-(-n * i // _PARTS) for i in range(_PARTS + 1)})
+  return list(zip(ends, ends[1:]))
+
+
+def splash(query, key, value, rows, interpret=False):
+  """Run the Pallas kernel for TPU, on each device's rows and heads.
+
+  T must be a multiple of 128, and C as well; see `attend`.
+  """
+  from jax.experimental.pallas.ops.tpu import splash_attention as lib
+  t, h = query.shape[1:3]
+  tile = next(n for n in range(_TILE, 0, -_LANES) if t % n == 0)
+  sizes = lib.BlockSizes(
+      block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile,
+      block_q_dq=tile, block_kv_dq=tile)
+
+  def local(q, k, v, segments):
+    heads = q.shape[2]
+    kernel = lib.make_splash_mha(
+        lib.MultiHeadMask([lib.CausalMask((t, t))] * heads),
+        block_sizes=sizes, head_shards=1, q_seq_shards=1,
+        residual_checkpoint_name=NAME, interpret=interpret)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    y = jax.vmap(lambda q, k, v, s: kernel(q, k, v, lib.SegmentIds(s, s)))(
+        q, k, v, segments)
+    return y.swapaxes(1, 2)
+
+  args = (query * query.shape[-1] ** -.5).astype(query.dtype), key, value
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return local(*args, rows.queries)
+  split = 'model' if (key.shape[2] % mesh.shape['model'] == 0) else None
+  wide = P(sharding.BATCH, None, split)
+  return jax.shard_map(local, in_specs=(wide, wide, wide, P(sharding.BATCH)),
+                       out_specs=wide, check_vma=False)(*args, rows.queries)
+
+
+def aligned(query, key, value, rows, implementation='cudnn'):
+  """Run `jax.nn.dot_product_attention` on rows moved to the left.
+
+  cuDNN knows causality and lengths but no left padding, and a mask would be
+  T x T again: each row is rolled so that its padding comes last, and back.
+  A row must hold one segment; see `attend`.
+  """
+  t = query.shape[1]
+  there = rows.queries > 0
+  first = jnp.argmax(there, 1)[:, None]
+  lengths = jnp.sum(there, 1).astype(jnp.int32)
+  roll = lambda x, by: jnp.take_along_axis(
+      x, ((jnp.arange(t) + by) % t)[..., None, None], 1)
+  y = jax.nn.dot_product_attention(
+      *(roll(x, first) for x in (query, key, value)), is_causal=True,
+      query_seq_lengths=lengths, key_value_seq_lengths=lengths,
+      implementation=implementation)
+  return roll(y, -first)
