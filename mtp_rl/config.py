@@ -147,6 +147,8 @@ class Rollout:
   temperature: float = 1.
   top_k: int = 0  # 0: off
   top_p: float = 1.
+  model: int = 0  # devices that split a layer while sampling; 0: as in training
+  expert: int = 0  # devices that split the experts while sampling
 
 
 @dataclasses.dataclass(unsafe_hash=True)

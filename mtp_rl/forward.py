@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from mtp_rl import sharding, tree
 from mtp_rl.models import moe, transformer
@@ -24,6 +25,13 @@ from mtp_rl.objectives import logprobs
 def network(config, vocab_size):
   """Return the Linen decoder of a config (without parameters)."""
   return mtp_model.Decoder(config.model, config.mtp, vocab_size)
+
+
+def init(config, vocab_size, key):
+  """Return random parameters, float32."""
+  net = network(config, vocab_size)
+  example = jnp.zeros((1, config.mtp.heads + 2), jnp.int32)
+  return net.init(key, example, jnp.ones_like(example, bool))['params']
 
 
 def split(x, pieces):

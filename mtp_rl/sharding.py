@@ -9,6 +9,7 @@ import math
 import re
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,17 +34,30 @@ RULES = (
 )
 
 
-def make_mesh(mesh_config):
+def make_mesh(mesh_config, devices=None):
   """Return the device mesh of a config.
 
   Args:
     mesh_config: `config.Mesh`.
+    devices: of a slice that is not here, which the mesh must fill; None:
+      this machine's, as many as the mesh takes.
 
   Raises:
-    config.ConfigError: the machine has fewer devices than the mesh.
+    config.ConfigError: there are fewer devices than the mesh has, or more
+      than it uses of a slice.
   """
   shape = tuple(getattr(mesh_config, axis) for axis in AXES)
-  size, have = math.prod(shape), jax.device_count()
+  size = math.prod(shape)
+  if devices is not None:
+    if size != len(devices):
+      raise config_lib.ConfigError(
+          f'mesh {dict(zip(AXES, shape))} has {size} devices, but the slice '
+          f'has {len(devices)}; set --config.mesh.fsdp={len(devices)}, or '
+          'other axes of that product')
+    return jax.sharding.Mesh(
+        np.array(devices).reshape(shape), AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+  have = jax.device_count()
   if size > have:
     raise config_lib.ConfigError(
         f'mesh {dict(zip(AXES, shape))} needs {size} devices, but this '
@@ -94,14 +108,24 @@ def batch_sharding(mesh):
   return NamedSharding(mesh, P(BATCH))
 
 
-def constrain_batch(x, axis=0):
-  """Constrain x to be split over the batch axes along one of its axes.
+def constrain(x, *entries):
+  """Constrain x to a PartitionSpec of `entries`, one an axis.
 
-  Outside a mesh context x is returned as it is.
+  An axis that does not divide its dimension is left out, and outside a mesh
+  context x is returned as it is.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
+  size = lambda axes: math.prod(
+      mesh.shape[a] for a in (axes if isinstance(axes, tuple) else (axes,)))
+  return jax.lax.with_sharding_constraint(x, P(*[
+      a if a and n % size(a) == 0 else None
+      for a, n in zip(entries, x.shape, strict=True)]))
+
+
+def constrain_batch(x, axis=0):
+  """Constrain x to be split over the batch axes along one of its axes."""
   entries = [None] * x.ndim
   entries[axis] = BATCH
-  return jax.lax.with_sharding_constraint(x, P(*entries))
+  return constrain(x, *entries)

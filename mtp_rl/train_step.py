@@ -142,9 +142,7 @@ def make(config, vocab_size, mesh, phase='rl'):
   transform = optim.make(config.optim, rate, train_head, train_shared)
 
   def init(key):
-    net = forward.network(config, vocab_size)
-    example = jnp.zeros((1, config.mtp.heads + 2), jnp.int32)
-    params = net.init(key, example, jnp.ones_like(example, bool))['params']
+    params = forward.init(config, vocab_size, key)
     return types.TrainState(jnp.int32(0), params, transform.init(params),
                             occ.initial_state(config.mtp.heads,
                                               config.occ.lambda_plus))

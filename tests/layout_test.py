@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # A file imports only from lower floors, or from its own where listed first.
 FLOORS = (
-    ('types', 'tree', 'masked', 'intervals'),
+    ('types', 'tree', 'masked', 'intervals', 'hlo'),
     ('config',),
     ('sharding', 'tokenizers', 'validate', 'signals'),
     ('models.attention', 'models.moe', 'models.presets', 'models.sources'),
@@ -21,12 +21,12 @@ FLOORS = (
     ('objectives.mtp', 'tasks.arithmetic', 'tasks.path_finding',
      'tasks.reasoning_gym', 'tasks.subset_sum', 'tasks.sums'),
     ('tasks',),
-    ('occ', 'optim', 'rollout.sampler', 'forward'),
+    ('occ', 'optim', 'rollout.sampler', 'rollout.layout', 'forward'),
     ('estimators',),
     ('gradients',),
     ('rollout.experience', 'train_step', 'evaluate', 'checkpoint', 'metrics',
      'plots', 'compare.grid', 'compare.figures', 'compare.jobs'),
-    ('warmup',),
+    ('warmup', 'aot'),
     ('trainer', 'compare.report', 'diagnose.measure'),
     ('compare.study', 'scoring', 'diagnose.summary', 'diagnose.figures'),
     ('diagnose.study',),

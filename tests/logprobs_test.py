@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtp_rl import config as config_lib
 from mtp_rl import sharding, train_step
 from mtp_rl.objectives import logprobs
 from mtp_rl.objectives import mtp as mtp_loss
@@ -127,3 +128,35 @@ def test_no_array_of_tokens_times_vocabulary_is_alive(regime, chunk, alive):
   tokens = batches.ROWS * batches.S
   big = [s for s in shapes if vocab in s and np.prod(s) >= tokens * vocab]
   assert bool(big) == alive, big
+
+
+@pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
+def test_a_vocabulary_on_two_devices_is_the_whole_one(dtype):
+  """Values, and the gradient in float32 of states and head."""
+  rng = np.random.default_rng(3)
+  b, t, s, d, v = 8, 7, 4, 8, 12
+  hidden, ahead = (jnp.asarray(rng.normal(size=(b, t, d)), dtype)
+                   for _ in range(2))
+  matrix = jnp.asarray(rng.normal(size=(d, v)), jnp.float32)
+  tokens = rng.integers(0, v, (b, t)).astype(np.int32)
+
+  def run(hidden, ahead, matrix):
+    out = logprobs.token_logprobs(hidden, (ahead,), matrix, tokens, s, chunk=2,
+                                  entropy=True, acceptance=True)
+    total = jnp.sum(out.main) - jnp.sum(out.heads ** 2) + jnp.sum(out.entropy)
+    return total, out
+
+  f = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
+  (_, want), want_grads = f(hidden, ahead, matrix)
+  mesh = sharding.make_mesh(config_lib.Mesh(data=2, fsdp=2, model=2))
+  with jax.set_mesh(mesh):
+    (_, got), grads = jax.jit(f)(hidden, ahead, matrix)
+  np.testing.assert_array_equal(got.top1, want.top1)
+  for x, y in zip(jax.tree.leaves(got._replace(top1=None)),
+                  jax.tree.leaves(want._replace(top1=None)), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+  assert grads[2].dtype == jnp.float32
+  rough = 1e-5 if dtype == 'float32' else 3e-2
+  for x, y in zip(grads, want_grads, strict=True):
+    x, y = (np.asarray(z, np.float32) for z in (x, y))
+    np.testing.assert_allclose(x, y, rtol=rough, atol=rough * np.abs(y).max())

@@ -106,7 +106,9 @@ def attend(query, key, value, rows, kind='plain'):
   """
   form = {'plain': plain, 'blocks': blocks, 'splash': splash,
           'cudnn': aligned}[kind]
-  return checkpoint_name(form(query, key, value, rows), NAME)
+  y = form(query, key, value, rows)
+  # The kernel names its own result, and would be saved twice.
+  return y if kind == 'splash' else checkpoint_name(y, NAME)
 
 
 def plain(query, key, value, rows):
@@ -116,21 +118,23 @@ def plain(query, key, value, rows):
   columns = jnp.arange(t) if rows.columns is None else rows.columns
   mask = ((rows.queries[:, :, None] == rows.keys[:, None, :])
           & (jnp.arange(u)[None, :] <= columns[:, None]))
-  # Batched matmuls on [B * N, ...], the h / n query heads of a group as rows;
-  # dividing after the second matmul spares a pass over the weights.
-  q = (query * c ** -0.5).reshape(b, t, n, h // n, c)
-  q = q.transpose(0, 2, 3, 1, 4).reshape(b * n, h // n * t, c)
-  k, v = (x.swapaxes(1, 2).reshape(b * n, u, c) for x in (key, value))
+  # Batched matmuls on [B, N], which a mesh may split; the h / n query heads of
+  # a group as rows; dividing after the second spares a pass over the weights.
+  g = h // n
+  q = (query * c ** -0.5).reshape(b, t, n, g, c)
+  q = q.transpose(0, 2, 3, 1, 4).reshape(b, n, g * t, c)
+  k, v = key.swapaxes(1, 2), value.swapaxes(1, 2)
   bias = jnp.where(mask, 0., -1e30).astype(jnp.float32)  # [B, T, U]
-  bias = jnp.broadcast_to(bias[:, None], (b, h, t, u))
-  scores = jnp.matmul(q, k.swapaxes(1, 2), preferred_element_type=jnp.float32)
-  scores = scores + bias.reshape(b * n, h // n * t, u)
+  bias = jnp.broadcast_to(bias[:, None], (b, g, t, u)).reshape(b, 1, g * t, u)
+  scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
+  scores = scores + bias
   top = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
   weights = jnp.exp(scores - top)
   y = jnp.matmul(weights.astype(v.dtype), v,
                  preferred_element_type=jnp.float32)
   y = (y / jnp.sum(weights, -1, keepdims=True)).astype(query.dtype)
-  return y.reshape(b, h, t, c).swapaxes(1, 2)
+  y = y.reshape(b, n, g, t, c).transpose(0, 3, 1, 2, 4)
+  return y.reshape(b, t, h, c)
 
 
 def blocks(query, key, value, rows, block=BLOCK):
@@ -175,7 +179,7 @@ def splash(query, key, value, rows, interpret=False):
   T must be a multiple of 128, and C as well; see `attend`.
   """
   from jax.experimental.pallas.ops.tpu import splash_attention as lib
-  t, h = query.shape[1:3]
+  t = query.shape[1]
   tile = next(n for n in range(_TILE, 0, -_LANES) if t % n == 0)
   sizes = lib.BlockSizes(
       block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile,

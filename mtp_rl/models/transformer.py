@@ -26,6 +26,39 @@ class Cache(NamedTuple):
   value: jax.Array
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _narrow(x, kernel, out):
+  return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out)
+
+
+def _narrow_backward(out, saved, dy):
+  x, kernel = saved
+  dy = dy.astype(x.dtype)
+  dx = jnp.matmul(dy, kernel.astype(x.dtype).T)
+  return dx, jnp.matmul(x.T, dy, preferred_element_type=kernel.dtype)
+
+
+_narrow.defvjp(lambda x, kernel, out: (_narrow(x, kernel, out), (x, kernel)),
+               _narrow_backward)
+
+
+def matmul(x, kernel, out=None):
+  """Return x W, with the gradient of W in W's own dtype.
+
+  A narrow x (bfloat16) meets a float32 W cast to it; left to autodiff, dW
+  would be rounded to bfloat16 before it is summed over devices.
+
+  Args:
+    x: [N, D].
+    kernel: [D, F].
+    out: dtype of the result; None: that of x.
+  """
+  out = jnp.dtype(out or x.dtype)
+  if x.dtype == kernel.dtype:
+    return jnp.matmul(x, kernel, preferred_element_type=out)
+  return _narrow(x, kernel, out)
+
+
 class Linear(nn.Module):
   """y = x W + b, with the leading axes flattened to one before the matmul.
 
@@ -40,8 +73,7 @@ class Linear(nn.Module):
   def __call__(self, x):
     kernel = self.param('kernel', nn.initializers.lecun_normal(),
                         (x.shape[-1], self.features))
-    y = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    y = y @ kernel.astype(self.dtype)
+    y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)
@@ -239,8 +271,13 @@ def empty_cache(model_config, batch, length):
   """Return a zero `Cache` for `batch` rows of `length` columns."""
   shape = (model_config.n_layers, batch, length, model_config.n_kv_heads,
            head_channels(model_config))
-  zeros = jnp.zeros(shape, jnp.dtype(model_config.dtype))
+  zeros = constrain_cache(jnp.zeros(shape, jnp.dtype(model_config.dtype)))
   return Cache(zeros, zeros)
+
+
+def constrain_cache(x):
+  """Constrain keys or values [L, B, T, N, C]: rows, and heads over model."""
+  return sharding.constrain(x, None, sharding.BATCH, None, 'model', None)
 
 
 def head_matrix(params):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from mtp_rl import sharding
+from mtp_rl.models import transformer
 
 
 class LogProbs(NamedTuple):
@@ -117,8 +118,7 @@ class _Vocabulary(NamedTuple):
     """Return log-probs [..., V] of states [..., D], this device's columns."""
     flat = states.reshape(-1, states.shape[-1])
     matrix = jax.lax.stop_gradient(self.matrix) if detach else self.matrix
-    logits = jnp.matmul(flat, matrix.astype(flat.dtype),
-                        preferred_element_type=jnp.float32)
+    logits = transformer.matmul(flat, matrix, jnp.float32)
     logits = logits.reshape(*states.shape[:-1], -1) / self.temperature
     top = self._over(jax.lax.pmax, jax.lax.stop_gradient(
         jnp.max(logits, -1, keepdims=True)))
@@ -166,9 +166,15 @@ def _on_mesh(function, states, matrix, targets):
                      and matrix.shape[1] % mesh.shape['model'] == 0) else None
   split = 'fsdp' if matrix.shape[0] % mesh.shape['fsdp'] == 0 else None
 
+  # A custom gradient cannot sum over devices by itself: what is the same on
+  # some of them is marked, and the sum is the mark's transpose.
+  vary = lambda x, axes: jax.lax.pcast(x, axes, to='varying') if axes else x
+
   def local(states, matrix, targets):
     if split:
       matrix = jax.lax.all_gather(matrix, split, axis=0, tiled=True)
+    matrix = vary(matrix, tuple(a for a in sharding.BATCH if a != split))
+    states = jax.tree.map(lambda x: vary(x, axis), states)
     return function(states, matrix, targets, axis)
 
   rows = P(sharding.BATCH)

@@ -62,6 +62,75 @@ def restrict(logits, top_k, top_p):
   return logits
 
 
+def _decode(params, config, vocab_size, tokens, positions, valid, cache,
+            column):
+  """Return float32 [B, V] logits behind `tokens`, and the longer cache."""
+  net = mtp.Decoder(config.model, config.mtp, vocab_size)
+  h, cache = net.apply({'params': params}, tokens, positions, valid, cache,
+                       column, method='decode')
+  logits = jnp.matmul(
+      h[:, -1], transformer.head_matrix(params).astype(h.dtype),
+      preferred_element_type=jnp.float32)
+  return logits, cache
+
+
+def prefill(params, prompts, prompt_valid, key, *, config, vocab_size, ends,
+            group=1):
+  """Read every prompt once and return the `SamplingState` of its samples.
+
+  The arguments are those of `generate`.
+  """
+  count, r = prompts.shape
+  s, rows = config.rollout.max_response, count * group
+  cache = transformer.empty_cache(config.model, count, r + s)
+  pad = jnp.zeros((count, s), bool)
+  logits, cache = _decode(
+      params, config, vocab_size, prompts,
+      transformer.positions_of(prompt_valid),
+      jnp.concatenate([prompt_valid, pad], 1), cache, None)
+  # The prompt's cache is copied to its G samples.
+  spread = functools.partial(jnp.repeat, repeats=group, axis=0)
+  return SamplingState(
+      step=jnp.int32(0),
+      tokens=jnp.pad(spread(prompts), ((0, 0), (0, s)),
+                     constant_values=ends.pad),
+      valid=jnp.pad(spread(prompt_valid), ((0, 0), (0, s))),
+      logprobs=jnp.zeros((rows, s), jnp.float32), logits=spread(logits),
+      done=jnp.zeros((rows,), bool), key=key,
+      cache=jax.tree.map(lambda c: transformer.constrain_cache(
+          jnp.repeat(c, group, axis=1)), cache))
+
+
+def extend(params, state, *, config, vocab_size, ends, greedy=False):
+  """Return the `SamplingState` with one more token in every row.
+
+  The arguments are those of `generate`.
+  """
+  column = config.rollout.max_prompt + state.step
+  logp = jax.nn.log_softmax(state.logits / config.rollout.temperature)
+  if greedy:
+    token = jnp.argmax(state.logits, -1)
+  else:
+    token = jax.random.categorical(
+        jax.random.fold_in(state.key, state.step),
+        restrict(logp, config.rollout.top_k, config.rollout.top_p))
+  chosen = jnp.take_along_axis(logp, token[:, None], 1)[:, 0]
+  alive = ~state.done
+  token = jnp.where(alive, token, ends.pad).astype(jnp.int32)
+  put = lambda x, y, at: jax.lax.dynamic_update_slice(
+      x, y[:, None].astype(x.dtype), (0, at))
+  tokens = put(state.tokens, token, column)
+  valid = put(state.valid, alive, column)
+  # A row's next position is the number of its valid tokens less one.
+  positions = jnp.sum(valid, 1, keepdims=True).astype(jnp.int32) - 1
+  logits, cache = _decode(params, config, vocab_size, token[:, None],
+                          positions, valid, state.cache, column)
+  return SamplingState(
+      state.step + 1, tokens, valid,
+      put(state.logprobs, jnp.where(alive, chosen, 0.), state.step), logits,
+      state.done | jnp.isin(token, jnp.asarray(ends.eos)), cache, state.key)
+
+
 def generate(params, prompts, prompt_valid, key, *, config, vocab_size, ends,
              group=1, greedy=False):
   """Sample `group` completions of every prompt.
@@ -82,62 +151,14 @@ def generate(params, prompts, prompt_valid, key, *, config, vocab_size, ends,
     sampled tokens' log-probs under the tempered, unrestricted distribution,
     float32 [B, S], 0 after a row's end.
   """
-  r, s = prompts.shape[1], config.rollout.max_response
-  temperature = config.rollout.temperature
-  net = mtp.Decoder(config.model, config.mtp, vocab_size)
-  rows = prompts.shape[0] * group
-
-  def decode(tokens, positions, valid, cache, column):
-    h, cache = net.apply({'params': params}, tokens, positions, valid, cache,
-                         column, method='decode')
-    logits = jnp.matmul(
-        h[:, -1], transformer.head_matrix(params).astype(h.dtype),
-        preferred_element_type=jnp.float32)
-    return logits, cache
-
-  cache = transformer.empty_cache(config.model, prompts.shape[0], r + s)
-  pad = jnp.zeros((prompts.shape[0], s), bool)
-  logits, cache = decode(prompts, transformer.positions_of(prompt_valid),
-                         jnp.concatenate([prompt_valid, pad], 1), cache, None)
-  # The prompt is read once and its cache copied to the G samples.
-  spread = functools.partial(jnp.repeat, repeats=group, axis=0)
-  state = SamplingState(
-      step=jnp.int32(0),
-      tokens=jnp.pad(spread(prompts), ((0, 0), (0, s)),
-                     constant_values=ends.pad),
-      valid=jnp.pad(spread(prompt_valid), ((0, 0), (0, s))),
-      logprobs=jnp.zeros((rows, s), jnp.float32), logits=spread(logits),
-      done=jnp.zeros((rows,), bool), key=key,
-      cache=jax.tree.map(lambda c: jnp.repeat(c, group, axis=1), cache))
+  fixed = dict(config=config, vocab_size=vocab_size, ends=ends)
+  state = prefill(params, prompts, prompt_valid, key, group=group, **fixed)
 
   def unfinished(state):
-    return (state.step < s) & ~jnp.all(state.done)
+    return (state.step < config.rollout.max_response) & ~jnp.all(state.done)
 
-  def extend(state):
-    logp = jax.nn.log_softmax(state.logits / temperature)
-    if greedy:
-      token = jnp.argmax(state.logits, -1)
-    else:
-      token = jax.random.categorical(
-          jax.random.fold_in(state.key, state.step),
-          restrict(logp, config.rollout.top_k, config.rollout.top_p))
-    chosen = jnp.take_along_axis(logp, token[:, None], 1)[:, 0]
-    alive, column = ~state.done, r + state.step
-    token = jnp.where(alive, token, ends.pad).astype(jnp.int32)
-    put = lambda x, y, at: jax.lax.dynamic_update_slice(
-        x, y[:, None].astype(x.dtype), (0, at))
-    tokens = put(state.tokens, token, column)
-    valid = put(state.valid, alive, column)
-    # A row's next position is the number of its valid tokens less one.
-    positions = jnp.sum(valid, 1, keepdims=True).astype(jnp.int32) - 1
-    logits, cache = decode(token[:, None], positions, valid, state.cache,
-                           column)
-    return SamplingState(
-        state.step + 1, tokens, valid,
-        put(state.logprobs, jnp.where(alive, chosen, 0.), state.step), logits,
-        state.done | jnp.isin(token, jnp.asarray(ends.eos)), cache, state.key)
-
-  state = jax.lax.while_loop(unfinished, extend, state)
+  step = functools.partial(extend, params, greedy=greedy, **fixed)
+  state = jax.lax.while_loop(unfinished, step, state)
   return types.Tokens(state.tokens, state.valid), state.logprobs
 
 

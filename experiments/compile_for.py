@@ -1,0 +1,44 @@
+r"""Compile a config's real programs for a TPU slice, without the slice.
+
+    pip install -e '.[tpu]'
+    python -m experiments.compile_for --config=configs/mimo_7b_dapo.py \
+        --topology=v5p:4x4x4 --config.mesh.fsdp=64 --workdir=DIR
+
+Prints what each program needs of one chip and writes DIR/compile_for.json;
+exits with 1 where one does not fit. Programs are the update of a regime
+(`rl_only`, `detach`, `ce`, `policy`, `occ`, with an estimator behind a colon:
+`occ:exact`), and the sampler's `prefill` and `decode`.
+"""
+
+import os
+import sys
+
+from absl import flags
+
+from experiments import launch
+
+CONFIG = launch.define_config()
+TOPOLOGY = flags.DEFINE_string('topology', 'v5p:4x4x4', 'Slice to compile for.')
+PROGRAMS = flags.DEFINE_list(
+    'programs', ['rl_only', 'detach', 'policy', 'occ', 'prefill', 'decode'],
+    'What to compile.')
+
+
+def main():
+  """Compile, print the table, write the JSON."""
+  from mtp_rl import aot, checkpoint, metrics
+  checkpoint.prepare_workdir(launch.WORKDIR.value)
+  target, rows = aot.chip(TOPOLOGY.value), []
+  for row in aot.compile_all(CONFIG.value, TOPOLOGY.value, PROGRAMS.value):
+    rows.append(row)
+    print(aot.describe(row, target), flush=True)
+  print()
+  print(aot.table(rows, CONFIG.value, TOPOLOGY.value))
+  metrics.write_json(os.path.join(launch.WORKDIR.value, 'compile_for.json'),
+                     [aot.to_dict(row, target) for row in rows])
+  if not all(aot.fits(row, target) for row in rows):
+    sys.exit(1)
+
+
+if __name__ == '__main__':
+  launch.run(main)

@@ -1,0 +1,302 @@
+"""The real programs, compiled ahead of time for a slice that is not here.
+
+`libtpu` (extra `tpu`) compiles for any topology without a TPU; what it says
+of memory is what a chip would need, and its text what a chip would run.
+"""
+
+import dataclasses
+import math
+import os
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtp_rl import config as config_lib
+from mtp_rl import (
+  forward,
+  hlo,
+  sharding,
+  tokenizers,
+  train_step,
+  tree,
+  types,
+  validate,
+)
+from mtp_rl.rollout import layout, sampler
+
+GIB = 2 ** 30
+# An asynchronous gather on the sparse cores is newer than jaxlib's reader of
+# programs: it stays on the tensor core, or the text could not be read.
+OPTIONS = {'xla_tpu_offload_gather_to_sparsecore': 'false'}
+
+
+class Chip(NamedTuple):
+  """One chip, from Google's public system-architecture pages.
+
+  Attributes:
+    flops: bfloat16 FLOP/s.
+    memory: bytes of HBM.
+    bandwidth: bytes/s of HBM.
+    links: bytes/s of all interchip links together, one way.
+  """
+  flops: float
+  memory: float
+  bandwidth: float
+  links: float
+
+
+CHIPS = {
+    'v4': Chip(275e12, 32 * GIB, 1.2e12, .3e12),
+    'v5e': Chip(197e12, 16 * GIB, .82e12, .2e12),
+    'v5p': Chip(459e12, 95 * GIB, 2.765e12, .6e12),
+    'v6e': Chip(918e12, 32 * GIB, 1.64e12, .448e12)}
+
+
+class Row(NamedTuple):
+  """What one program needs on one chip.
+
+  Attributes:
+    name: of the program.
+    tokens: that one call reads, all chips together.
+    error: None, or why it could not be compiled.
+    seconds: of compilation.
+    arguments, temporaries, peak: bytes.
+    summary: `hlo.Summary`.
+    bounds: seconds by the chip's FLOP/s, bandwidth and links.
+  """
+  name: str
+  tokens: int
+  error: str | None
+  seconds: float
+  arguments: float = math.nan
+  temporaries: float = math.nan
+  peak: float = math.nan
+  summary: hlo.Summary | None = None
+  bounds: dict | None = None
+
+
+def chip(topology):
+  """Return the `Chip` of a topology such as 'v5p:4x4x4'.
+
+  Raises:
+    config.ConfigError: its kind is not in the table.
+  """
+  kind = topology.split(':')[0]
+  if kind not in CHIPS:
+    raise config_lib.ConfigError(
+        f'topology {topology!r} is of no known chip; choose '
+        f'{", ".join(CHIPS)} and a shape, as in v5p:4x4x4')
+  return CHIPS[kind]
+
+
+def devices(topology):
+  """Return the devices of a slice; they can be compiled for, not used.
+
+  Raises:
+    config.ConfigError: libtpu is not installed, or does not know the slice.
+  """
+  chip(topology)
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  from jax.experimental import topologies
+  try:
+    return topologies.get_topology_desc(topology, 'tpu').devices
+  except Exception as e:  # libtpu raises many kinds
+    first = str(e).strip().split('\n')[0][:200]
+    raise config_lib.ConfigError(
+        f'topology {topology!r} cannot be described ({first}); install the '
+        "extra with pip install -e '.[tpu]', and name a slice such as "
+        'v5p:4x4x4') from e
+
+
+def _batch(config, rows, mesh):
+  """Return an abstract minibatch in its shards."""
+  r, s = config.rollout.max_prompt, config.rollout.max_response
+  put = lambda shape, dtype: jax.ShapeDtypeStruct(
+      shape, dtype, sharding=sharding.batch_sharding(mesh))
+  logp = put((rows, s), jnp.float32)
+  return types.RolloutBatch(
+      put((rows, r + s), jnp.int32), put((rows, r + s), bool),
+      put((rows, s), bool), logp, logp,
+      put((rows, s, config.mtp.heads), jnp.float32), logp, logp)
+
+
+def update(config, vocab_size, mesh):
+  """Return (lowered, tokens) of one optimiser update of a config's regime."""
+  rows = config.rl.prompts // config.rl.minibatches * config.rl.group
+  steps = train_step.make(config, vocab_size, mesh)
+  lowered = steps.update.lower(steps.abstract, _batch(config, rows, mesh))
+  columns = config.rollout.max_prompt + config.rollout.max_response
+  return lowered, rows * columns
+
+
+def rollout(config, vocab_size, mesh):
+  """Return {name: (lowered, tokens)} of the sampler's two steps.
+
+  'prefill' reads all prompts of an RL step and copies their caches to the
+  samples, 'decode' adds one token to every sample.
+  """
+  ends, group = tokenizers.CharTokenizer('').ends, config.rl.group
+  fixed = dict(config=config, vocab_size=vocab_size, ends=ends)
+  params = layout.abstract(
+      train_step.make(config, vocab_size, mesh).abstract.params, config, mesh)
+  mesh = layout.sampling_mesh(config, mesh)
+  rows = sharding.batch_sharding(mesh)
+  shape = config.rl.prompts, config.rollout.max_prompt
+  prompts = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+  valid = jax.ShapeDtypeStruct(shape, bool, sharding=rows)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  prefill = lambda *args: sampler.prefill(*args, group=group, **fixed)
+  state = jax.eval_shape(prefill, params, prompts, valid, key)
+  whole = NamedSharding(mesh, P())
+  cache = NamedSharding(mesh, P(None, sharding.BATCH, None, 'model'
+                                if config.model.n_kv_heads
+                                % mesh.shape['model'] == 0 else None))
+  placed = state._replace(
+      step=whole, key=whole, cache=jax.tree.map(lambda _: cache, state.cache),
+      **{n: rows for n in ('tokens', 'valid', 'logprobs', 'logits', 'done')})
+  abstract = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state, placed)
+  decode = lambda params, state: sampler.extend(params, state, **fixed)
+  with jax.set_mesh(mesh):
+    return {
+      'prefill': (jax.jit(prefill, out_shardings=placed).lower(
+          params, prompts, valid, key), math.prod(shape)),
+      'decode': (jax.jit(decode, out_shardings=placed,
+                         donate_argnums=1).lower(params, abstract),
+                 shape[0] * group)}
+
+
+def _program(name, config, vocab_size, mesh):
+  """Return (lowered, tokens, config) of a program's name."""
+  if name in ('prefill', 'decode'):
+    return *rollout(config, vocab_size, mesh)[name], config
+  regime, _, estimator = name.partition(':')
+  config = dataclasses.replace(
+      config, mtp=dataclasses.replace(config.mtp, regime=regime),
+      occ=dataclasses.replace(
+          config.occ, estimator=estimator or config.occ.estimator))
+  validate.validate(config)
+  return *update(config, vocab_size, mesh), config
+
+
+def compile_all(config, topology, programs):
+  """Compile the programs of a config for a slice; yield a `Row` each.
+
+  Args:
+    config: `config.Config`, model.vocab_size set.
+    topology: such as 'v5p:4x4x4'.
+    programs: names; see experiments/compile_for.py.
+
+  Raises:
+    config.ConfigError: the config does not suit the slice.
+  """
+  validate.validate(config)
+  v = config.model.vocab_size
+  if not v:
+    raise config_lib.ConfigError(
+        'model.vocab_size=0 stands for the tokenizer\'s, which is not read '
+        'here; set model.vocab_size')
+  mesh = sharding.make_mesh(config.mesh, devices(topology))
+  for name in programs:
+    with jax.set_mesh(mesh):
+      lowered, tokens, used = _program(name, config, v, mesh)
+      params = train_step.make(used, v, mesh).abstract.params
+    yield compile_row(name, lowered, tokens, chip(topology), v, params)
+
+
+def compile_row(name, lowered, tokens, target, vocab_size, params):
+  """Compile a program and return its `Row`.
+
+  Args:
+    name: of the program.
+    lowered: from `update` or `rollout`.
+    tokens: that it reads.
+    target: `Chip`.
+    vocab_size: V on one device.
+    params: abstract parameters.
+  """
+  start = time.perf_counter()
+  try:
+    compiled = lowered.compile(compiler_options=OPTIONS)
+  except jax.errors.JaxRuntimeError as e:
+    first = next((line for line in str(e).splitlines() if line.strip()), '')
+    return Row(name, tokens, first[:300], time.perf_counter() - start)
+  seconds = time.perf_counter() - start
+  m = compiled.memory_analysis()
+  sizes = {x.size for x in jax.tree.leaves(params)}
+  summary = hlo.summarise(compiled.as_text(), vocab_size, sizes)
+  moved = (m.argument_size_in_bytes + m.output_size_in_bytes
+           - m.alias_size_in_bytes)
+  peak = moved + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+  bounds = {'FLOP/s': summary.flops / target.flops,
+            'memory': moved / target.bandwidth,
+            'links': sum(summary.collectives.values()) / target.links}
+  return Row(name, tokens, None, seconds, m.argument_size_in_bytes,
+             m.temp_size_in_bytes, peak, summary, bounds)
+
+
+def fits(row, target):
+  """Return whether a program could run on the `Chip`."""
+  return row.error is None and row.peak <= target.memory
+
+
+def describe(row, target):
+  """Return a `Row` as text, a few lines."""
+  if row.error:
+    return f'{row.name}: not compiled ({row.seconds:.0f} s): {row.error}'
+  s = row.summary
+  size, kind, where = s.largest
+  lines = [
+      f'{row.name}: compiled in {row.seconds:.0f} s, '
+      f'{row.peak / GIB:.2f} of {target.memory / GIB:.0f} GiB, '
+      + ('fits' if fits(row, target) else 'DOES NOT FIT'),
+      f'  largest array: {size / GIB:.2f} GiB {kind} {where}']
+  if s.vocabulary:
+    size, kind, where = s.vocabulary
+    lines.append(f'  largest with a vocabulary axis: {size / GIB:.2f} GiB '
+                 f'{kind} {where}')
+  return '\n'.join(lines)
+
+
+def table(rows, config, topology):
+  """Return the table of all rows, in Markdown."""
+  params = jax.eval_shape(
+      lambda: forward.init(config, config.model.vocab_size, jax.random.key(0)))
+  count = sum(x.size for x in jax.tree.leaves(params))
+  head = sum(x.size for x in jax.tree.leaves(tree.head(params)))
+  g = lambda x: f'{x / GIB:.2f}'
+  lines = [
+      f'{topology}, mesh {dataclasses.asdict(config.mesh)}: {count:,} '
+      f'parameters, {head:,} of them in MTP modules; numbers of one chip',
+      '', '| program | tokens | compile s | arguments GiB | temporaries GiB | '
+      'peak GiB | PFLOP | collectives GiB | at least, s |',
+      '|' + '---|' * 9]
+  for row in rows:
+    if row.error:
+      lines.append(f'| {row.name} | {row.tokens} | {row.seconds:.0f} | '
+                   f'{row.error} |' + ' |' * 5)
+      continue
+    moved = ', '.join(f'{k} {g(v)}' for k, v in sorted(
+        row.summary.collectives.items())) or '0'
+    slowest = max(row.bounds, key=row.bounds.get)
+    lines.append(
+        f'| {row.name} | {row.tokens} | {row.seconds:.0f} | '
+        f'{g(row.arguments)} | {g(row.temporaries)} | {g(row.peak)} | '
+        f'{row.summary.flops / 1e15:.4f} | {moved} | '
+        f'{row.bounds[slowest]:.4f} ({slowest}) |')
+  return '\n'.join(lines)
+
+
+def to_dict(row, target):
+  """Return a `Row` as JSON-ready values."""
+  out = row._asdict() | {'fits': fits(row, target)}
+  if row.summary:
+    out['summary'] = row.summary._asdict()
+  return {k: (None if isinstance(v, float) and math.isnan(v) else v)
+          for k, v in out.items()}

@@ -1,0 +1,239 @@
+"""What a compiled program does, read from its text: FLOPs, bytes, arrays.
+
+XLA's own cost analysis counts the body of a loop once; here every computation
+is counted as often as its loops run it. Numbers are those of one device.
+"""
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+_BYTES = {'pred': 1, 's4': .5, 'u4': .5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2,
+          'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8,
+          'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16}
+_SHAPE = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
+_INSTRUCTION = re.compile(
+    r'^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$')
+_HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$')
+_CALLED = re.compile(
+    r'(calls|to_apply|body|condition|true_computation|false_computation|'
+    r'branch_computations|called_computations)='
+    r'(\{[^}]*\}|%?[\w.\-]+)')
+_NO_ARRAY = ('parameter', 'tuple', 'get-tuple-element', 'while', 'bitcast',
+             'constant', 'conditional', 'call', 'opt-barrier')
+COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
+               'collective-permute')
+
+
+class Instruction(NamedTuple):
+  """One line of a computation.
+
+  Attributes:
+    name: unique in the module.
+    type: text of its shape, a tuple's in parentheses.
+    opcode: such as 'dot'.
+    rest: operands and attributes, as text.
+  """
+  name: str
+  type: str
+  opcode: str
+  rest: str
+
+
+class Summary(NamedTuple):
+  """Numbers of one device.
+
+  Attributes:
+    flops: of matmuls, convolutions and attention kernels, loops included.
+    collectives: dict, kind -> bytes that one device sends in or takes out.
+    largest: (bytes, type, where) of the largest array that is computed.
+    vocabulary: the same of those with an axis of the vocabulary's size that
+      are no gradient or copy of a parameter; None where there is none.
+  """
+  flops: float
+  collectives: dict
+  largest: tuple
+  vocabulary: tuple | None
+
+
+def parse(text):
+  """Return ({computation: [Instruction]}, name of the entry)."""
+  out, current, entry = {}, None, None
+  for line in text.splitlines():
+    header = _HEADER.match(line)
+    if header:
+      current = out.setdefault(header[2], [])
+      entry = header[2] if header[1] else entry
+    elif current is not None:
+      found = _INSTRUCTION.match(line)
+      if found:
+        current.append(Instruction(*found.groups()[1:]))
+  return out, entry
+
+
+def shapes(type_text):
+  """Return [(dtype, dims)] of the arrays in a type's text."""
+  return [(kind, tuple(map(int, filter(None, dims.split(',')))))
+          for kind, dims in _SHAPE.findall(type_text) if kind in _BYTES]
+
+
+def size(type_text):
+  """Return the bytes of all arrays in a type's text."""
+  return sum(_BYTES[kind] * math.prod(dims)
+             for kind, dims in shapes(type_text))
+
+
+def called(instruction):
+  """Return [(role, computation)] that an instruction calls."""
+  return [(role, name.strip().lstrip('%'))
+          for role, names in _CALLED.findall(instruction.rest)
+          for name in names.strip('{}').split(',') if name.strip()]
+
+
+def trips(computations, condition):
+  """Return how often a loop runs: the largest number that it compares with."""
+  numbers, seen = [], [condition]
+  for name in seen:
+    for i in computations.get(name, ()):
+      if i.opcode == 'constant' and i.type.startswith(('s32[]', 'u32[]')):
+        numbers += [int(i.rest.split(')')[0])]
+      seen += [n for _, n in called(i) if n not in seen]
+  return max(numbers, default=1) or 1
+
+
+def counts(computations, entry):
+  """Return {computation: how often it runs}; the text has callees first."""
+  out = collections.Counter({entry: 1})
+  for name in reversed(computations):
+    for i in computations[name]:
+      roles = called(i)
+      times = max((trips(computations, other) for role, other in roles
+                   if role == 'condition'), default=1)
+      for _, other in roles:
+        out[other] += out[name] * times
+  return out
+
+
+def _operands(instruction, types):
+  depth, text = 1, instruction.rest
+  for end, c in enumerate(text):
+    depth += (c == '(') - (c == ')')
+    if not depth:
+      break
+  names = re.findall(r'%([\w.\-]+)', text[:end])
+  inline = shapes(text[:end])
+  return inline if inline and not names else [
+      (shapes(types.get(n, '')) or [(None, ())])[0] for n in names]
+
+
+def _dot(instruction, operands):
+  out, lhs = shapes(instruction.type)[0][1], operands[0][1]
+  dims = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.rest)
+  inner = [lhs[int(d)] for d in dims[1].split(',')] if dims and dims[1] else []
+  return 2. * math.prod(out) * math.prod(inner)
+
+
+def _taps(out, window):
+  """Return the pairs of output place and kernel tap that meet the input."""
+  n, taps = window['in'], 0
+  reach = (n - 1) * window['dilate'] + 1
+  for tap in range(window['size']):
+    first = tap * window['rhs_dilate'] - window['pad']
+    for place in range(out):
+      at = first + place * window['stride']
+      taps += 0 <= at < reach and at % window['dilate'] == 0
+  return taps
+
+
+def _convolution(instruction, operands):
+  """Return FLOPs; a batched matmul is one with as many taps as batches."""
+  rest, out = instruction.rest, shapes(instruction.type)[0][1]
+  left, right, result = re.search(
+      r'dim_labels=(\w+)_(\w+)->(\w+)', rest).groups()
+  lhs, rhs = operands[0][1], operands[1][1]
+  total = 2. * out[result.index('b')] * out[result.index('f')] * rhs[
+      right.index('i')]
+  window = re.search(r'window=\{([^}]*)\}', rest)
+  fields = dict(f.split('=') for f in window[1].split()) if window else {}
+  get = lambda name, i, default: (
+      fields[name].split('x')[i] if name in fields else default)
+  for i in range(sum(c.isdigit() for c in left)):
+    total *= _taps(out[result.index(str(i))], {
+        'in': lhs[left.index(str(i))], 'size': int(get('size', i, 1)),
+        'stride': int(get('stride', i, 1)),
+        'pad': int(str(get('pad', i, '0_0')).split('_')[0]),
+        'dilate': int(get('lhs_dilate', i, 1)),
+        'rhs_dilate': int(get('rhs_dilate', i, 1))})
+  return total
+
+
+def _kernel(instruction, operands):
+  """Return FLOPs of a splash attention kernel: half of all scores are seen."""
+  name = instruction.name
+  matmuls = {'fwd': 2, 'dq': 3, 'dkv': 4}
+  for kind, n in matmuls.items():
+    if f'splash_mha_{kind}' in name:
+      query = next(dims for dtype, dims in operands
+                   if dtype in ('bf16', 'f32') and len(dims) >= 3)
+      *rows, t, c = query
+      return 2. * n * math.prod(rows) * t * (t + 1) / 2 * c
+  return 0.
+
+
+_FLOPS = {'dot': _dot, 'convolution': _convolution, 'custom-call': _kernel}
+
+
+def _collective(instruction, owner):
+  """Return the kind of a collective and its bytes, or None and 0."""
+  for kind in COLLECTIVES:
+    if instruction.opcode == f'{kind}-start' and kind != 'all-reduce':
+      # (operand, result, ...): what is gathered or moved.
+      return kind, max(_BYTES[k] * math.prod(dims)
+                       for k, dims in shapes(instruction.type))
+    if instruction.opcode in (kind, f'{kind}-start'):
+      scattered = kind == 'all-reduce' and 'all-reduce-scatter' in owner
+      return 'reduce-scatter' if scattered else kind, size(instruction.type)
+  return None, 0
+
+
+def where(instruction):
+  """Return the operation's name in the traced program."""
+  found = re.search(r'op_name="([^"]*)"', instruction.rest)
+  return found[1] if found else instruction.name
+
+
+def summarise(text, vocab_size=0, parameters=()):
+  """Return the `Summary` of a compiled program.
+
+  Args:
+    text: the optimised module's.
+    vocab_size: V on one device, 0 to leave it out.
+    parameters: numbers of elements that an array of a parameter may have.
+  """
+  computations, entry = parse(text)
+  times = counts(computations, entry)
+  fused = {name for instructions in computations.values()
+           for i in instructions if i.opcode in ('fusion', 'reduce', 'scatter')
+           for _, name in called(i)}
+  flops, collectives = 0., collections.Counter()
+  largest, vocabulary = (0, '', ''), None
+  for name, instructions in computations.items():
+    if not times[name]:
+      continue
+    types = {i.name: i.type for i in instructions}
+    for i in instructions:
+      if i.opcode in _FLOPS:
+        flops += times[name] * _FLOPS[i.opcode](i, _operands(i, types))
+      kind, bytes_ = _collective(i, name)
+      if kind:
+        collectives[kind] += times[name] * bytes_
+      if name in fused or i.opcode in _NO_ARRAY or i.opcode.endswith('-done'):
+        continue
+      for dtype, dims in shapes(i.type):
+        entry_ = (_BYTES[dtype] * math.prod(dims),
+                  f'{dtype}[{",".join(map(str, dims))}]', where(i))
+        largest = max(largest, entry_)
+        if vocab_size in dims and math.prod(dims) not in parameters:
+          vocabulary = max(vocabulary or entry_, entry_)
+  return Summary(flops, dict(collectives), largest, vocabulary)
