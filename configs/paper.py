@@ -30,10 +30,11 @@ def training(model, objective):
   config = config_lib.Config()
   config.model, mtp = presets.model(model)
   config.model.dtype, config.model.head_chunk = 'bfloat16', 128
+  config.model.remat = 'attention'
   config.mtp = dataclasses.replace(config.mtp, **mtp)
   config.rl = config_lib.RL(
       steps=200, prompts=128, group=16, minibatches=4, lr=1e-6,
-      microbatches=64, overlong_buffer=4096, overlong_penalty=1.)
+      overlong_buffer=4096, overlong_penalty=1.)
   config.optim = config_lib.Optim(b2=.999, weight_decay=.1, clip=1., warmup=10)
   config.rollout = config_lib.Rollout(max_prompt=2048, max_response=8192)
   config.task = config_lib.Task(name='math', train='dapo_math_17k',

@@ -118,6 +118,7 @@ class Optim:
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
+  mu_dtype: str = 'float32'  # of Adam's first moment; the second is float32
   weight_decay: float = 0.1
   clip: float = 1.  # global norm; 0: off
   clip_mode: str = 'separate'  # theta and psi apart, or one 'joint' norm

@@ -116,15 +116,10 @@ def counts(computations, entry):
 
 
 def _operands(instruction, types):
-  depth, text = 1, instruction.rest
-  for end, c in enumerate(text):
-    depth += (c == '(') - (c == ')')
-    if not depth:
-      break
-  names = re.findall(r'%([\w.\-]+)', text[:end])
-  inline = shapes(text[:end])
-  return inline if inline and not names else [
-      (shapes(types.get(n, '')) or [(None, ())])[0] for n in names]
+  """Return (dtype, dims) of each operand; a tuple's is that of its first."""
+  text = instruction.rest.split('), ')[0]
+  return [(shapes(types.get(name, '')) or [(None, ())])[0]
+          for name in re.findall(r'%([\w.\-]+)', text)]
 
 
 def _dot(instruction, operands):

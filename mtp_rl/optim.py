@@ -51,8 +51,9 @@ def make(optim, rate, train_head=True, train_shared=True):
   if optim.clip and optim.clip_mode == 'separate':
     clip = optax.partition({'shared': clip, 'head': clip}, tree.labels)
   steps = optax.chain(
-      clip, optax.adamw(rate, optim.b1, optim.b2, optim.eps,
-                        weight_decay=optim.weight_decay, mask=decayed))
+      clip, optax.adamw(
+          rate, optim.b1, optim.b2, optim.eps, mu_dtype=optim.mu_dtype,
+          weight_decay=optim.weight_decay, mask=decayed))
   if train_head and train_shared:
     return steps
   frozen = optax.set_to_zero()

@@ -5,6 +5,7 @@ from mtp_rl import masked
 
 CHOICES = {
     'model.remat': ('none', 'dots', 'attention', 'block'),
+    'optim.mu_dtype': ('float32', 'bfloat16'),
     'model.attention': ('auto', 'plain', 'blocks', 'splash', 'cudnn'),
     'model.dtype': ('float32', 'bfloat16'),
     'mtp.regime': config_lib.REGIMES,
@@ -128,6 +129,22 @@ def _validate_experts(m):
         f'model.experts_per_token={m.experts_per_token} from; set it higher')
 
 
+def _validate_sampling(config):
+  r, mesh = config.rollout, config.mesh
+  if not (r.model or r.expert):
+    return
+  devices = mesh.data * mesh.fsdp * mesh.model * mesh.expert
+  split = (r.model or 1) * (r.expert or 1)
+  _need(devices % split == 0,
+        f'rollout.model={r.model} and rollout.expert={r.expert} split what '
+        f'they sample with over {split} devices, which do not divide the '
+        f"mesh's {devices}; set divisors")
+  rows = devices // (r.model or 1)
+  _need(config.rl.prompts % rows == 0,
+        f'rl.prompts={config.rl.prompts} does not divide over the {rows} '
+        f'devices that rollout.model={r.model} leaves for rows; set it higher')
+
+
 def _validate_batch(config):
   r, mesh = config.rl, config.mesh
   _need(r.prompts % r.minibatches == 0,
@@ -210,7 +227,7 @@ def validate(config):
              'tis_cap', 'dynamic_sampling', 'overlong_buffer',
              'overlong_penalty'),
       'optim': ('weight_decay', 'clip', 'warmup'),
-      'warmup': ('steps', 'mtp_coef'), 'rollout': ('temperature', 'top_k'),
+      'warmup': ('steps', 'mtp_coef'), 'rollout': ('temperature', 'top_k', 'model', 'expert'),
       'task': ('noisy_facts', 'noise'),
   }
   for low, table in ((1e-300, positive), (0, natural)):
@@ -238,4 +255,5 @@ def validate(config):
         'set it above 0 (evaluation is greedy by itself)')
   _validate_mtp(config)
   _validate_batch(config)
+  _validate_sampling(config)
   _validate_start(config)

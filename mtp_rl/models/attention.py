@@ -12,6 +12,7 @@ Hessian-vector product takes 'blocks' (`without_kernels`).
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -170,7 +171,7 @@ def blocks(query, key, value, rows, block=BLOCK):
 def _parts(n):
   """Return at most `_PARTS` runs (first, last) of n blocks."""
   ends = sorted({-(-n * i // _PARTS) for i in range(_PARTS + 1)})
-  return list(zip(ends, ends[1:]))
+  return list(itertools.pairwise(ends))
 
 
 def splash(query, key, value, rows, interpret=False):
