@@ -227,7 +227,8 @@ def validate(config):
              'tis_cap', 'dynamic_sampling', 'overlong_buffer',
              'overlong_penalty'),
       'optim': ('weight_decay', 'clip', 'warmup'),
-      'warmup': ('steps', 'mtp_coef'), 'rollout': ('temperature', 'top_k', 'model', 'expert'),
+      'warmup': ('steps', 'mtp_coef'),
+      'rollout': ('temperature', 'top_k', 'model', 'expert'),
       'task': ('noisy_facts', 'noise'),
   }
   for low, table in ((1e-300, positive), (0, natural)):

@@ -38,24 +38,29 @@ def test_batched_matmuls():
 
 
 # A matmul [2 * 512, 512] x [512, 4 * 128] and a batched one, as TPU has them.
-_TPU = '''HloModule m, entry_computation_layout={()->f32[]}
+_TPU = '''HloModule m
 
-%fused.1 (p.1: bf16[2,512,512,1], p.2: bf16[4,128,512,1]) -> bf16[2,512,4,128] {
+%fused.1 (p.1: bf16[2,512,512,1], p.2: bf16[4,128,512,1]) -> bf16[2] {
   %p.1 = bf16[2,512,512,1]{2,1,0,3:T(8,128)(2,1)} parameter(0)
   %p.2 = bf16[4,128,512,1]{3,2,1,0:T(8,128)(2,1)} parameter(1)
-  ROOT %c.1 = bf16[2,512,4,128]{3,1,2,0:T(8,128)(2,1)} convolution(%p.1, %p.2), window={size=1x4 pad=0_0x3_3 rhs_reversal=0x1}, dim_labels=0bf1_1oi0->0b1f, metadata={op_name="jit(f)/a"}
+  ROOT %c.1 = bf16[2,512,4,128]{3,1,2,0:T(8,128)(2,1)} convolution(%p.1,\\
+      %p.2), window={size=1x4 pad=0_0x3_3 rhs_reversal=0x1},\\
+      dim_labels=0bf1_1oi0->0b1f, metadata={op_name="jit(f)/a"}
 }
 
-ENTRY %main (q.1: bf16[2,512,512,1], q.2: bf16[4,128,512,1], q.3: f32[64,9,32], q.4: f32[64,32,5]) -> (bf16[2,512,4,128], f32[64,9,5]) {
+ENTRY %main (q.1: bf16[2,512,512,1], q.3: f32[64,9,32]) -> (f32[64,9,5]) {
   %q.1 = bf16[2,512,512,1]{2,1,0,3:T(8,128)(2,1)} parameter(0)
   %q.2 = bf16[4,128,512,1]{3,2,1,0:T(8,128)(2,1)} parameter(1)
   %q.3 = f32[64,9,32]{2,1,0} parameter(2)
   %q.4 = f32[64,32,5]{2,1,0} parameter(3)
-  %f.1 = bf16[2,512,4,128]{3,1,2,0:T(8,128)(2,1)} fusion(%q.1, %q.2), kind=kOutput, calls=%fused.1, metadata={op_name="jit(f)/b"}
-  %c.2 = f32[64,9,5]{2,1,0} convolution(%q.3, %q.4), window={size=64 stride=63 lhs_dilate=64}, dim_labels=0bf_0io->0bf, metadata={op_name="jit(f)/c"}
+  %f.1 = bf16[2,512,4,128]{3,1,2,0:T(8,128)(2,1)} fusion(%q.1, %q.2),\\
+      kind=kOutput, calls=%fused.1, metadata={op_name="jit(f)/b"}
+  %c.2 = f32[64,9,5]{2,1,0} convolution(%q.3, %q.4),\\
+      window={size=64 stride=63 lhs_dilate=64}, dim_labels=0bf_0io->0bf,\\
+      metadata={op_name="jit(f)/c"}
   ROOT %t = (bf16[2,512,4,128]{3,1,2,0}, f32[64,9,5]{2,1,0}) tuple(%f.1, %c.2)
 }
-'''
+'''.replace('\\\n     ', '')
 
 
 def test_matmuls_that_a_tpu_writes_as_convolutions():

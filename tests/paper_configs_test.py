@@ -54,9 +54,9 @@ GLM = {'model.n_layers': 46, 'model.n_heads': 96, 'model.n_kv_heads': 8,
        'model.norm_topk': True}
 # How it is computed, or not read by these configs: ours to choose.
 OURS = {'model.dtype', 'model.remat', 'model.attention', 'optim.mu_dtype',
-        'rollout.model', 'rollout.expert', 'model.head_chunk', 'model.pretrained',
-        'rl.microbatches', 'rl.kl_kind', 'mtp.coef', 'mtp.head_coef',
-        'occ.pieces', 'occ.probe_every', 'occ.eta'}
+        'rollout.model', 'rollout.expert', 'model.head_chunk',
+        'model.pretrained', 'rl.microbatches', 'rl.kl_kind', 'mtp.coef',
+        'mtp.head_coef', 'occ.pieces', 'occ.probe_every', 'occ.eta'}
 
 
 def _count(leaves):
