@@ -40,7 +40,8 @@ def make_mesh(mesh_config):
     mesh_config: `config.Mesh`.
 
   Raises:
-    config.ConfigError: the machine has fewer devices than the mesh.
+    config.ConfigError: the machine has fewer devices than the mesh, or more
+      in several processes.
   """
   shape = tuple(getattr(mesh_config, axis) for axis in AXES)
   size, have = math.prod(shape), jax.device_count()
@@ -48,6 +49,11 @@ def make_mesh(mesh_config):
     raise config_lib.ConfigError(
         f'mesh {dict(zip(AXES, shape))} needs {size} devices, but this '
         f'machine has {have}; make mesh.{", mesh.".join(AXES)} smaller')
+  if size < have and jax.process_count() > 1:
+    raise config_lib.ConfigError(
+        f'mesh {dict(zip(AXES, shape))} takes {size} of the {have} devices, '
+        f'but each of the {jax.process_count()} processes must work; make '
+        f'mesh.{", mesh.".join(AXES)} larger')
   return jax.make_mesh(
       shape, AXES, devices=jax.devices()[:size],
       axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
