@@ -20,6 +20,7 @@ _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default: the latest.')
 _PHASE = flags.DEFINE_enum('phase', 'rl', ['rl', 'warmup'], 'Whose checkpoint.')
 _SET = flags.DEFINE_multi_string(
     'set', [], 'section.field=value of task, rollout, eval or mesh.')
+launch.define_processes()
 
 
 def main():
@@ -28,9 +29,9 @@ def main():
   values, path = scoring.score_checkpoint(
       launch.WORKDIR.value, _PHASE.value, _STEP.value, _K.value, _SET.value)
   for name, (mean, low, high) in values.items():
-    print(f'{name[4:]:40s} {100 * mean:6.2f} %  '
-          f'[{100 * low:.2f}, {100 * high:.2f}]')
-  print(f'{scoring.table(values)}\nsee {path}')
+    launch.say(f'{name[4:]:40s} {100 * mean:6.2f} %  '
+               f'[{100 * low:.2f}, {100 * high:.2f}]')
+  launch.say(scoring.table(values), f'see {path}')
 
 
 if __name__ == '__main__':

@@ -11,6 +11,40 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 flags.mark_flag_as_required('workdir')
 
 
+def define_processes():
+  """Define the flags of a run of several processes, for all its launchers."""
+  flags.DEFINE_bool('distributed', False, 'Join the processes that the cluster '
+                    '(SLURM, GKE, TPU pod, Open MPI) has started.')
+  flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where the '
+                      'cluster does not say.')
+  flags.DEFINE_integer('processes', None, 'How many, with --coordinator.',
+                       lower_bound=1)
+  flags.DEFINE_integer('process', None, 'Index of this one, from 0.',
+                       lower_bound=0)
+
+
+def _join():
+  """Join the other processes, where flags say that there are any."""
+  if 'distributed' not in flags.FLAGS:
+    return
+  f = flags.FLAGS
+  given = [v is not None for v in (f.coordinator, f.processes, f.process)]
+  if any(given) and (not all(given) or f.distributed):
+    raise config_lib.ConfigError(
+        '--coordinator, --processes and --process go together, and without '
+        '--distributed, by which the cluster says all three')
+  if f.distributed or all(given):
+    from mtp_rl import distributed
+    distributed.initialize(f.coordinator, f.processes, f.process)
+
+
+def say(*lines):
+  """Print, in one process of a run."""
+  from mtp_rl import distributed
+  if distributed.is_writer():
+    print(*lines, sep='\n')
+
+
 def define_config(required=True):
   """Define --config, whose fields flags can override, and return it."""
   flag = config_flags.DEFINE_config_file('config', None, 'Config file.')
@@ -47,6 +81,7 @@ def run(action):
       except OSError as e:
         _fail(e)
     try:
+      _join()
       action()
     except config_lib.ConfigError as e:
       sys.exit(f'error: {e}')

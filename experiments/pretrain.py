@@ -9,14 +9,16 @@ compared from one checkpoint); the same command resumes.
 from experiments import launch
 
 CONFIG = launch.define_config()
+launch.define_processes()
 
 
 def main():
   """Run the warm-up, and print where it is."""
   from mtp_rl import trainer  # after the flags: a typo must not wait for it
   done = trainer.pretrain(CONFIG.value, launch.WORKDIR.value)
-  print(f'{"complete" if done else "interrupted; the same command resumes"}: '
-        f'{launch.WORKDIR.value}/checkpoints/warmup')
+  launch.say(
+      f'{"complete" if done else "interrupted; the same command resumes"}: '
+      f'{launch.WORKDIR.value}/checkpoints/warmup')
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ objective presets follow the config's name after a colon
 from experiments import launch
 
 CONFIG = launch.define_config()
+launch.define_processes()
 
 
 def main():
@@ -19,11 +20,12 @@ def main():
   summary = trainer.train(CONFIG.value, workdir)
   for name, value in summary['last'].items():
     before = summary['after_warmup'].get(name, float('nan'))
-    print(f'{name}: {before:.3f} after the warm-up -> {value:.3f}')
-  print(f'{summary["status"]} at step {summary["step"]} of {summary["steps"]}; '
-        f'see {workdir}/figures, metrics.jsonl and summary.json')
+    launch.say(f'{name}: {before:.3f} after the warm-up -> {value:.3f}')
+  launch.say(f'{summary["status"]} at step {summary["step"]} of '
+             f'{summary["steps"]}; see {workdir}/figures, metrics.jsonl and '
+             'summary.json')
   if summary['status'] != 'complete':
-    print('the same command resumes')
+    launch.say('the same command resumes')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Saving and restoring a TrainState with orbax."""
+"""Saving and restoring a TrainState with orbax; all processes take part."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from mtp_rl import config as config_lib
+from mtp_rl import distributed
 from mtp_rl import tree as tree_lib
 
 _FORMAT = 'mtp_rl TrainState 1'
@@ -31,7 +32,7 @@ class Checkpoints:
   def latest(self):
     """Return the latest step, or None."""
     latest = self._inner.latest
-    return None if latest is None else latest.step
+    return distributed.first(None if latest is None else latest.step)
 
   def steps(self):
     """Return the steps that are kept, ascending."""
@@ -109,7 +110,8 @@ def prepare_workdir(workdir):
   """
   try:
     os.makedirs(os.path.join(workdir, 'figures'), exist_ok=True)
-    probe = os.path.join(workdir, '.writable')
+    # One a process: they may come here at the same time.
+    probe = os.path.join(workdir, f'.writable_{distributed.index()}')
     with open(probe, 'w', encoding='utf-8') as f:
       f.write('')
     os.remove(probe)

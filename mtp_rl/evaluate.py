@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 
-from mtp_rl import sharding
+from mtp_rl import distributed, sharding
 from mtp_rl.rollout import sampler
 
 
@@ -44,6 +44,8 @@ def make_generate(config, vocab_size, mesh, abstract, ends, group,
                   greedy=False):
   """Return the jitted (params, prompts, valid, key) -> Tokens, log-probs.
 
+  Prompts are NumPy arrays, the same in every process, or on devices already.
+
   Args:
     config: `config.Config`.
     vocab_size: V.
@@ -55,10 +57,15 @@ def make_generate(config, vocab_size, mesh, abstract, ends, group,
   """
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   rows = sharding.batch_sharding(mesh)
-  return jax.jit(
+  jitted = jax.jit(
       functools.partial(sampler.generate, config=config, vocab_size=vocab_size,
                         ends=ends, group=group, greedy=greedy),
       in_shardings=(shardings, rows, rows, None), out_shardings=(rows, rows))
+
+  def generate(params, prompts, valid, key):
+    return jitted(params, *distributed.put((prompts, valid), rows), key)
+
+  return generate
 
 
 def complete(generate, params, examples, size, key, task, config):
@@ -78,7 +85,7 @@ def complete(generate, params, examples, size, key, task, config):
   prompts, valid = sampler.pad_prompts(filled, task.tokenizer,
                                        config.rollout.max_prompt)
   tokens, _ = generate(params, prompts, valid, key)
-  response = np.asarray(tokens.tokens)[:, config.rollout.max_prompt:]
+  response = distributed.fetch(tokens.tokens)[:, config.rollout.max_prompt:]
   group = response.shape[0] // size
   texts = [task.tokenizer.decode(row) for row in response]
   return [texts[i * group:(i + 1) * group] for i in range(len(some))]
@@ -93,9 +100,10 @@ def _batch_size(examples, config):
 
 def _score(name, mode, start, examples, texts, task):
   """Return one dict a completion, rewarded."""
-  flat = task.rewards([e for e, group in zip(examples, texts) for _ in group],
-                      [t for group in texts for t in group])
-  rewards = iter(flat)
+  asked = [e for e, group in zip(examples, texts) for _ in group]
+  given = [t for group in texts for t in group]
+  rewards = iter(distributed.split(
+      lambda mine: task.rewards(asked[mine], given[mine]), len(asked)))
   return [{'set': name, 'mode': mode, 'problem': start + i, 'sample': j,
            'prompt': e.prompt, 'answer': e.answer, 'completion': t,
            'extracted': task.extract(t), 'reward': float(next(rewards))}
@@ -131,7 +139,7 @@ def measure(params, task, generate_greedy, generate, config, key, log=None):
       for start in range(0, len(examples), size):
         some = examples[start:start + size]
         seen = log and log.get(name, mode, range(start, start + len(some)), k)
-        if not seen:
+        if not distributed.all_of(seen):
           texts = complete(function, params, some, size,
                            jax.random.fold_in(key, start), task, config)
           seen = _score(name, mode, start, some, texts, task)

@@ -1,4 +1,7 @@
-"""Metrics to JSONL and TensorBoard; one JSON object a line, with 'step'."""
+"""Metrics to JSONL and TensorBoard; one JSON object a line, with 'step'.
+
+Of several processes one writes, see distributed.py; all may call.
+"""
 
 import json
 import math
@@ -8,6 +11,8 @@ import sys
 import numpy as np
 import tensorboardX
 import tqdm
+
+from mtp_rl import distributed
 
 # What differs between two runs of the same arithmetic.
 VOLATILE = ('timing_s/', 'rollout/tokens_per_s')
@@ -41,6 +46,8 @@ def plain(values):
 
 def keep_until(path, step):
   """Drop the rows of a JSONL file after a step; None drops all of them."""
+  if not distributed.is_writer():
+    return
   kept = [r for r in read(path) if step is not None and r['step'] <= step]
   with open(path + '.part', 'w', encoding='utf-8') as f:
     f.writelines(json.dumps(r) + '\n' for r in kept)
@@ -58,14 +65,19 @@ class Writer:
       events_dir: directory of the TensorBoard events.
       resume_step: rows with a larger step are dropped; None drops all.
     """
+    self._file = self._events = None
+    if not distributed.is_writer():
+      return
     keep_until(path, resume_step)
     self._file = open(path, 'a', encoding='utf-8')
     purge = None if resume_step is None else resume_step + 1
     self._events = tensorboardX.SummaryWriter(events_dir, purge_step=purge)
 
   def write(self, step, values):
-    """Write one row."""
+    """Write one row, and return it."""
     row = {'step': int(step), **plain(values)}
+    if self._file is None:
+      return row
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
     for name, value in row.items():
@@ -75,6 +87,8 @@ class Writer:
 
   def close(self):
     """Flush and close both files."""
+    if self._file is None:
+      return
     self._file.close()
     self._events.close()
 
@@ -82,12 +96,16 @@ class Writer:
 def progress(config, total, start, name):
   """Return a progress bar on stderr, silent without run.progress."""
   return tqdm.tqdm(total=total, initial=start, desc=name, file=sys.stderr,
-                   disable=not config.run.progress, dynamic_ncols=True,
+                   disable=not (config.run.progress
+                                and distributed.is_writer()),
+                   dynamic_ncols=True,
                    mininterval=.2 if sys.stderr.isatty() else 10.)
 
 
 def write_json(path, values):
   """Write a JSON file in one move, so that a kill leaves the old or the new."""
+  if not distributed.is_writer():
+    return
   with open(path + '.part', 'w', encoding='utf-8') as f:
     json.dump(values, f, indent=2)
     f.write('\n')

@@ -9,6 +9,7 @@ import jax
 
 from mtp_rl import (
   checkpoint,
+  distributed,
   intervals,
   metrics,
   trainer,
@@ -45,6 +46,9 @@ class RowLog:
           'checkpoint or version); move it away')
     for row in found[1:]:
       self._keep(row)
+    self._file = None
+    if not distributed.is_writer():
+      return
     with open(path + '.part', 'w', encoding='utf-8') as f:
       for row in found or [{'identity': identity}]:
         f.write(json.dumps(row) + '\n')
@@ -61,16 +65,19 @@ class RowLog:
     return None if None in rows else rows
 
   def add(self, rows):
-    """Append rows; they are on disk when this returns."""
+    """Append rows; they are on disk when this returns, by one process."""
     for row in rows:
       self._keep(row)
-      self._file.write(json.dumps(row) + '\n')
+    if self._file is None:
+      return
+    self._file.writelines(json.dumps(row) + '\n' for row in rows)
     self._file.flush()
     os.fsync(self._file.fileno())
 
   def close(self):
     """Close the file."""
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
 
 
 def configure(config, samples, settings):
@@ -145,7 +152,9 @@ def score_checkpoint(workdir, phase, step, samples, settings=()):
     if settings:
       name += '_' + identity['sha256'][:8]
     path = run.path('evaluation', name + '.json')
-    with contextlib.closing(RowLog(path + 'l', identity)) as log:
+    with distributed.together():
+      log = RowLog(path + 'l', identity)
+    with contextlib.closing(log):
       scores = functions.measure(params, log)
     values = {k: (float(v.mean()), *intervals.bootstrap(v))
               for k, v in scores.items()}
@@ -153,7 +162,8 @@ def score_checkpoint(workdir, phase, step, samples, settings=()):
         'step': step, **{k: v[0] for k, v in values.items()},
         'intervals': {k: v[1:] for k, v in values.items()},
         'problems': {k: len(v) for k, v in scores.items()},
-        'verifier': run.task.counts(), 'settings': list(settings)})
+        'verifier': distributed.total(run.task.counts()),
+        'settings': list(settings)})
   return values, path
 
 

@@ -43,8 +43,13 @@ def make_mesh(mesh_config, devices=None):
       this machine's, as many as the mesh takes.
 
   Raises:
+<<<<<<< HEAD
     config.ConfigError: there are fewer devices than the mesh has, or more
       than it uses of a slice.
+=======
+    config.ConfigError: the machine has fewer devices than the mesh, or more
+      in several processes.
+>>>>>>> h2
   """
   shape = tuple(getattr(mesh_config, axis) for axis in AXES)
   size = math.prod(shape)
@@ -62,6 +67,11 @@ def make_mesh(mesh_config, devices=None):
     raise config_lib.ConfigError(
         f'mesh {dict(zip(AXES, shape))} needs {size} devices, but this '
         f'machine has {have}; make mesh.{", mesh.".join(AXES)} smaller')
+  if size < have and jax.process_count() > 1:
+    raise config_lib.ConfigError(
+        f'mesh {dict(zip(AXES, shape))} takes {size} of the {have} devices, '
+        f'but each of the {jax.process_count()} processes must work; make '
+        f'mesh.{", mesh.".join(AXES)} larger')
   return jax.make_mesh(
       shape, AXES, devices=jax.devices()[:size],
       axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))

@@ -18,6 +18,7 @@ import numpy as np
 
 from mtp_rl import (
   checkpoint,
+  distributed,
   evaluate,
   metrics,
   plots,
@@ -63,18 +64,52 @@ def setup(config, workdir):
   """
   validate.validate(config)
   mesh = sharding.make_mesh(config.mesh)
-  checkpoint.prepare_workdir(workdir)
   path = os.path.join(workdir, 'config.json')
-  if os.path.exists(path):
-    # A decaying schedule depends on the number of steps.
-    free = _MAY_CHANGE[config.optim.schedule != 'constant':]
-    changed = [n for n in config_lib.differences(config, config_lib.load(path))
-               if n not in free]
-    if changed:
-      raise config_lib.ConfigError(
-          f'workdir {workdir} belongs to a run that differs in '
-          f'{", ".join(changed)}; choose another --workdir, or set the same')
-  task = tasks.make(config)
+  with distributed.together():
+    checkpoint.prepare_workdir(workdir)
+    _same_config(path, config)
+  task = distributed.in_turn(lambda: tasks.make(config))
+  run = Run(config, workdir, task, mesh, jax.random.key(config.seed))
+  with distributed.together():
+    _check_task(run)
+    warmup.check(run)
+  report = getattr(task, 'report', None)
+  data = os.path.join(workdir, 'data.json')
+  with distributed.together():
+    if report is not None:
+      _same_data(data, report)
+  differing = distributed.differing({
+      'config': config_lib.to_dict(config),
+      'tokenizer': task.tokenizer.to_dict(), 'data': report})
+  if differing:
+    raise config_lib.ConfigError(
+        f'the processes differ in {", ".join(differing)}; start all of them '
+        'with the same command on the same files')
+  metrics.write_json(path, config_lib.to_dict(config))
+  metrics.write_json(os.path.join(workdir, 'tokenizer.json'),
+                     task.tokenizer.to_dict())
+  if report is not None:
+    metrics.write_json(data, report)
+  return run
+
+
+def _same_config(path, config):
+  """Refuse another config than a workdir's own."""
+  if not os.path.exists(path):
+    return
+  # A decaying schedule depends on the number of steps.
+  free = _MAY_CHANGE[config.optim.schedule != 'constant':]
+  changed = [n for n in config_lib.differences(config, config_lib.load(path))
+             if n not in free]
+  if changed:
+    raise config_lib.ConfigError(
+        f'workdir {os.path.dirname(path)} belongs to a run that differs in '
+        f'{", ".join(changed)}; choose another --workdir, or set the same')
+
+
+def _check_task(run):
+  """Refuse a task whose longest texts do not fit."""
+  config, task = run.config, run.task
   if config.warmup.init:
     task.tokenizer = _finished_warmup(config.warmup.init)
   for example in task.probe():
@@ -86,18 +121,10 @@ def setup(config, workdir):
       sampler.pad_supervised([example], task.tokenizer,
                              config.rollout.max_prompt,
                              config.rollout.max_response)
-  run = Run(config, workdir, task, mesh, jax.random.key(config.seed))
-  warmup.check(run)
-  metrics.write_json(path, config_lib.to_dict(config))
-  metrics.write_json(os.path.join(workdir, 'tokenizer.json'),
-                     task.tokenizer.to_dict())
-  if hasattr(task, 'report'):
-    _same_data(os.path.join(workdir, 'data.json'), task.report)
-  return run
 
 
 def _same_data(path, report):
-  """Write a task's report; refuse other files than the run began with."""
+  """Refuse other files than a run began with."""
   if os.path.exists(path):
     with open(path, encoding='utf-8') as f:
       before = json.load(f)['sha256']
@@ -106,7 +133,6 @@ def _same_data(path, report):
       raise config_lib.ConfigError(
           f'the files of {", ".join(changed)} are not those that {path} was '
           'begun with; put them back, or choose another workdir')
-  metrics.write_json(path, report)
 
 
 def _finished_warmup(workdir):
@@ -132,12 +158,17 @@ def load_tokenizer(workdir):
 
 
 def _update(run, steps, state, batch):
-  """Run the minibatches of a rollout; return the state and mean metrics."""
+  """Run the minibatches of a rollout; return the state and mean metrics.
+
+  Each is cut from the whole batch on the host, so that its rows are the same
+  ones on any number of processes.
+  """
+  placed = sharding.batch_sharding(run.mesh)
   rows = batch.mask.shape[0] // run.config.rl.minibatches
   seen = []
   for i in range(run.config.rl.minibatches):
     part = jax.tree.map(lambda x: x[i * rows:(i + 1) * rows], batch)
-    state, values = steps.update(state, part)
+    state, values = steps.update(state, distributed.put(part, placed))
     seen.append(values)
   seen = jax.device_get(seen)
   return state, {k: np.mean([v[k] for v in seen]) for k in seen[0]}
@@ -148,7 +179,8 @@ class Functions(NamedTuple):
 
   Attributes:
     steps: `train_step.Steps`.
-    collect: (params, reference, step) -> RolloutBatch, metrics, rows.
+    collect: (params, reference, step) -> RolloutBatch, metrics, show; see
+      `experience.collect`.
     evaluate: params -> metrics.
     measure: params, log -> scores of the problems, see `evaluate.measure`.
   """
@@ -168,10 +200,15 @@ def prepare(run):
   sample, greedy, several = (make(config.rl.group), make(1, greedy=True),
                              make(config.eval.samples))
 
+  rows = sharding.batch_sharding(run.mesh)
+
+  def score(params, *tokens):
+    return steps.score(params, *distributed.put(tokens, rows))
+
   def collect(params, reference, step):
     return experience.collect(
         params, reference, step, task=task, config=config, generate=sample,
-        score=steps.score, key=jax.random.fold_in(run.key, 3))
+        score=score, key=jax.random.fold_in(run.key, 3))
 
   measure = lambda params, log=None: evaluate.measure(
       params, task, greedy, several, config, jax.random.fold_in(run.key, 2),
@@ -213,7 +250,7 @@ def rl(run, warm_params, stopped):
       config, config.rl.steps, start, 'RL') as bar:
     for step in range(start + 1, config.rl.steps + 1):
       began = time.perf_counter()
-      batch, values, rows = functions.collect(state.params, reference, step)
+      batch, values, show = functions.collect(state.params, reference, step)
       updating = time.perf_counter()
       state, updated = _update(run, functions.steps, state, batch)
       values |= updated
@@ -223,7 +260,7 @@ def rl(run, warm_params, stopped):
       if last or step % config.eval.every == 0:
         values |= functions.evaluate(state.params)
       if last or step == 1 or step % config.eval.every == 0:
-        _note_samples(run, step, rows)
+        _note_samples(run, step, show)
       row = writer.write(step, values)
       shown |= row
       bar.set_postfix(_postfix(shown), refresh=False)
@@ -236,11 +273,14 @@ def rl(run, warm_params, stopped):
   return True
 
 
-def _note_samples(run, step, rows):
+def _note_samples(run, step, show):
   """Append one completion of each of the first four prompts."""
+  if not distributed.is_writer():
+    return
+  r = run.config.rl
   with open(run.path('samples.jsonl'), 'a', encoding='utf-8') as f:
-    for row in rows[::run.config.rl.group][:4]:
-      f.write(json.dumps({'step': step, **row}) + '\n')
+    for i in range(min(4, r.prompts)):
+      f.write(json.dumps({'step': step, **show(i * r.group)}) + '\n')
 
 
 def _postfix(row):
@@ -256,12 +296,14 @@ def _postfix(row):
 
 def finish(run, done):
   """Draw the figures and write summary.json; return the summary."""
+  distributed.barrier()  # the others read what process 0 has written
   rows = metrics.read(run.path('metrics.jsonl'))
   config = run.config
   title = (f'{config.task.name} {config.task.dataset}'.strip() +
            f', regime {config.mtp.regime}, seed {config.seed}')
-  plots.draw_all(rows, metrics.read(run.path('samples.jsonl')),
-                 run.path('figures'), title)
+  if distributed.is_writer():
+    plots.draw_all(rows, metrics.read(run.path('samples.jsonl')),
+                   run.path('figures'), title)
   held_out = [{k: v for k, v in r.items() if k.startswith('val/')}
               for r in rows]
   held_out = [v for v in held_out if v] or [{}]
@@ -273,6 +315,7 @@ def finish(run, done):
       'last': held_out[-1],
       'train_seconds': sum(r.get('timing_s/step', 0.) for r in rows)}
   metrics.write_json(run.path('summary.json'), summary)
+  distributed.barrier()  # none leaves while process 0 still draws
   return summary
 
 
@@ -280,7 +323,7 @@ def finish(run, done):
 def _running(run):
   with (jax.set_mesh(run.mesh), contextlib.closing(run.task),
         signals.interruptible() as stopped):
-    yield stopped
+    yield lambda: distributed.any_of(stopped())
 
 
 def pretrain(config, workdir):
@@ -314,8 +357,10 @@ def reopen(config, workdir):
     config.ConfigError: the config cannot work, or the workdir is damaged.
   """
   validate.validate(config)
-  task, mesh = tasks.make(config), sharding.make_mesh(config.mesh)
-  task.tokenizer = load_tokenizer(workdir)
+  mesh = sharding.make_mesh(config.mesh)
+  task = distributed.in_turn(lambda: tasks.make(config))
+  with distributed.together():
+    task.tokenizer = load_tokenizer(workdir)
   return Run(config, workdir, task, mesh, jax.random.key(config.seed))
 
 

@@ -10,7 +10,14 @@ import os
 import jax
 import numpy as np
 
-from mtp_rl import checkpoint, evaluate, metrics, train_step
+from mtp_rl import (
+  checkpoint,
+  distributed,
+  evaluate,
+  metrics,
+  sharding,
+  train_step,
+)
 from mtp_rl import config as config_lib
 from mtp_rl.models import pretrained
 from mtp_rl.rollout import sampler
@@ -85,8 +92,7 @@ class Samples:
         [e.prompt for e in run.task.prompts(index + 1, config.rl.prompts)],
         run.task.tokenizer, config.rollout.max_prompt)
     key = jax.random.fold_in(jax.random.fold_in(run.key, 4), index)
-    return jax.tree.map(np.asarray,
-                        self._generate(params, prompts, valid, key)[0])
+    return distributed.fetch(self._generate(params, prompts, valid, key)[0])
 
   def batch(self, params, step):
     """Return `types.Tokens` of warmup.batch rows for an update.
@@ -145,10 +151,12 @@ def _loop(run, steps, state, draw, start, saved, stopped):
   """Return the state after the last update, and whether all are done."""
   w, step = run.config.warmup, start
   writer = metrics.Writer(run.path('warmup.jsonl'), run.path('events'), start)
+  rows = sharding.batch_sharding(run.mesh)
   with contextlib.closing(writer), metrics.progress(
       run.config, w.steps, start, 'warm-up') as bar:
     for step in range(start + 1, w.steps + 1):
-      state, values = steps.update(state, draw(state.params, step))
+      batch = distributed.put(draw(state.params, step), rows)
+      state, values = steps.update(state, batch)
       if step % 20 == 0 or step == w.steps:
         row = writer.write(step, values)
         if any(v is None for n, v in row.items() if n.endswith('/loss')):

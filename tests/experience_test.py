@@ -64,7 +64,8 @@ def _collect(plan, step=5, **rl):
   out = experience.collect(None, None, step, task=task, config=config,
                            generate=_generate(task), score=score,
                            key=jax.random.key(0))
-  return task, *out
+  batch, metrics, show = out
+  return task, batch, metrics, [show(i) for i in range(P * G)]
 
 
 def _groups(rows):

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
     ('types', 'tree', 'masked', 'intervals', 'hlo'),
     ('config',),
-    ('sharding', 'tokenizers', 'validate', 'signals'),
+    ('sharding', 'tokenizers', 'validate', 'signals', 'distributed'),
     ('models.attention', 'models.moe', 'models.presets', 'models.sources'),
     ('models.transformer',),
     ('models.mtp', 'models.pretrained'),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mtp_rl import types
+from mtp_rl import distributed, types
 from mtp_rl.models import moe
 from mtp_rl.objectives import advantages as advantages_lib
 from mtp_rl.objectives import logprobs
@@ -23,7 +23,7 @@ class _Drawn(NamedTuple):
     valid: bool [B, T].
     sampled: float32 [B, S], log-probs as the sampler computed them.
     rewards: float32 [B], raw.
-    rows: int32 [B], position in `examples` and `texts`.
+    rows: int32 [B], position in `examples`.
   """
   tokens: np.ndarray
   valid: np.ndarray
@@ -32,9 +32,9 @@ class _Drawn(NamedTuple):
   rows: np.ndarray
 
 
-def _draw(params, step, redraw, *, task, config, generate, key, examples, texts,
+def _draw(params, step, redraw, *, task, config, generate, key, examples,
           costs):
-  """Return one draw of P groups; appends its examples, texts and costs."""
+  """Return one draw of P groups; appends its examples and costs."""
   start = time.perf_counter()
   g = config.rl.group
   some = task.prompts(step + redraw * _REDRAW, config.rl.prompts)
@@ -43,18 +43,18 @@ def _draw(params, step, redraw, *, task, config, generate, key, examples, texts,
   key = jax.random.fold_in(key, step)
   if redraw:
     key = jax.random.fold_in(key, redraw)
-  tokens, sampled = jax.device_get(
+  tokens, sampled = distributed.fetch(
       generate(params, prompts, prompt_valid, key))
   generated = time.perf_counter()
-  new = [task.tokenizer.decode(row)
-         for row in tokens.tokens[:, -config.rollout.max_response:]]
+  response = tokens.tokens[:, -config.rollout.max_response:]
   repeated = [e for e in some for _ in range(g)]
-  rewards = np.asarray(task.rewards(repeated, new), np.float32)
+  rewards = distributed.split(lambda mine: task.rewards(
+      repeated[mine], [task.tokenizer.decode(row) for row in response[mine]]),
+                              len(repeated))
   costs.append((generated - start, time.perf_counter() - generated,
                 tokens.valid[:, -config.rollout.max_response:].sum()))
-  rows = np.arange(len(new), dtype=np.int32) + len(texts)
+  rows = np.arange(len(repeated), dtype=np.int32) + len(examples)
   examples += repeated
-  texts += new
   return _Drawn(tokens.tokens, tokens.valid, sampled, rewards, rows)
 
 
@@ -100,26 +100,26 @@ def collect(params, reference_params, step, *, task, config, generate, score,
     key: PRNG key of the run.
 
   Returns:
-    `types.RolloutBatch` of NumPy arrays, a dict of metrics, and a list of
-    dicts (prompt, completion, answer, reward), one a completion.
+    `types.RolloutBatch` of NumPy arrays, the same in every process; a dict of
+    metrics; and a function, row -> dict (prompt, completion, answer, reward).
   """
   g, s = config.rl.group, config.rollout.max_response
-  examples, texts, costs = [], [], []
+  examples, costs = [], []
   failed = task.counts()
   drawn, metrics = _draw_batch(
       lambda redraw: _draw(
           params, step, redraw, task=task, config=config, generate=generate,
-          key=key, examples=examples, texts=texts, costs=costs), config)
+          key=key, examples=examples, costs=costs), config)
   # Of this step alone: a resumed run counts as an uninterrupted one does.
-  failed = {f'reward/{name}': n - failed[name]
-            for name, n in task.counts().items()}
+  failed = distributed.total({f'reward/{name}': n - failed[name]
+                              for name, n in task.counts().items()})
   start = time.perf_counter()
 
   tokens = types.Tokens(drawn.tokens, drawn.valid)
-  old = jax.tree.map(np.asarray, score(params, *tokens))
+  old = distributed.fetch(score(params, *tokens))
   reference = old.main
   if reference_params is not None:
-    reference = np.asarray(score(reference_params, *tokens).main)
+    reference = distributed.fetch(score(reference_params, *tokens).main)
   mask = tokens.valid[:, -s:]
   # Accuracy is of the raw rewards; what is learned from is shaped.
   shaping = advantages_lib.overlong_penalty(
@@ -139,10 +139,14 @@ def collect(params, reference_params, step, *, task, config, generate, score,
       'timing_s/score': time.perf_counter() - start,
       'rollout/tokens_per_s': made / generating, **failed,
       **describe(batch, old, drawn.rewards, g, task.tokenizer.ends)}
-  rows = [{'prompt': examples[i].prompt, 'completion': texts[i],
-           'answer': examples[i].answer, 'reward': float(r)}
-          for i, r in zip(drawn.rows, drawn.rewards)]
-  return batch, metrics, rows
+
+  def show(row):
+    example = examples[drawn.rows[row]]
+    return {'prompt': example.prompt,
+            'completion': task.tokenizer.decode(drawn.tokens[row, -s:]),
+            'answer': example.answer, 'reward': float(drawn.rewards[row])}
+
+  return batch, metrics, show
 
 
 def describe(batch, old, rewards, group, ends):
