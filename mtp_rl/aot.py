@@ -164,16 +164,24 @@ def rollout(config, vocab_size, mesh):
       state, placed)
   decode = lambda params, state: sampler.extend(params, state, **fixed)
   with jax.set_mesh(mesh):
-    return {
-      'prefill': (jax.jit(prefill, out_shardings=placed).lower(
-          params, prompts, valid, key), math.prod(shape)),
-      'decode': (jax.jit(decode, out_shardings=placed,
-                         donate_argnums=1).lower(params, abstract),
-                 shape[0] * group)}
+    first = jax.jit(prefill, out_shardings=placed).lower(
+        params, prompts, valid, key)
+    further = jax.jit(decode, out_shardings=placed, donate_argnums=1).lower(
+        params, abstract)
+  return {'prefill': (first, math.prod(shape)),
+          'decode': (further, shape[0] * group)}
 
 
 def _program(name, config, vocab_size, mesh):
   """Return (lowered, tokens, config) of a program's name."""
+  if name == 'reshard':
+    params = train_step.make(config, vocab_size, mesh).abstract.params
+    move = layout.mover(params, config, mesh)
+    if move is None:
+      raise config_lib.ConfigError(
+          'program reshard moves parameters to the sampling layout, but '
+          'rollout.model=0; set it, or leave the program out')
+    return move.lower(params), 0, config
   if name in ('prefill', 'decode'):
     return *rollout(config, vocab_size, mesh)[name], config
   regime, _, estimator = name.partition(':')

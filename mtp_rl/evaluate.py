@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from mtp_rl import distributed, sharding
-from mtp_rl.rollout import sampler
+from mtp_rl.rollout import layout, sampler
 
 
 def pass_at_k(correct, samples, k):
@@ -49,13 +49,16 @@ def make_generate(config, vocab_size, mesh, abstract, ends, group,
   Args:
     config: `config.Config`.
     vocab_size: V.
-    mesh: the device mesh.
-    abstract: parameters as ShapeDtypeStructs with shardings.
+    mesh: the device mesh of training.
+    abstract: its parameters as ShapeDtypeStructs with shardings; those that
+      are passed must lie as `layout.make_place` puts them.
     ends: `tokenizers.Ends`.
     group: samples a prompt.
     greedy: take the most likely token instead of sampling.
   """
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  shardings = jax.tree.map(lambda x: x.sharding,
+                           layout.abstract(abstract, config, mesh))
+  mesh, trained = layout.sampling_mesh(config, mesh), mesh
   rows = sharding.batch_sharding(mesh)
   jitted = jax.jit(
       functools.partial(sampler.generate, config=config, vocab_size=vocab_size,
@@ -63,7 +66,12 @@ def make_generate(config, vocab_size, mesh, abstract, ends, group,
       in_shardings=(shardings, rows, rows, None), out_shardings=(rows, rows))
 
   def generate(params, prompts, valid, key):
-    return jitted(params, *distributed.put((prompts, valid), rows), key)
+    if mesh is not trained:  # a key belongs to the mesh that it was made on
+      key = np.asarray(jax.random.key_data(key))
+    with jax.set_mesh(mesh):
+      if mesh is not trained:
+        key = jax.random.wrap_key_data(key)
+      return jitted(params, *distributed.put((prompts, valid), rows), key)
 
   return generate
 
@@ -94,7 +102,7 @@ def complete(generate, params, examples, size, key, task, config):
 def _batch_size(examples, config):
   """Return the prompts of a generation: a multiple of 8 and of the devices."""
   size = min(config.eval.batch, -(-len(examples) // 8) * 8)
-  devices = sharding.batch_devices(config.mesh)
+  devices = sharding.batch_devices(layout.sampling_config(config).mesh)
   return -(-size // devices) * devices
 
 
@@ -115,7 +123,7 @@ def measure(params, task, generate_greedy, generate, config, key, log=None):
   """Score every held-out set, problem by problem.
 
   Args:
-    params: the model's parameters.
+    params: the model's parameters, in the sampler's layout.
     task: see `tasks.Task`.
     generate_greedy: from `make_generate`, one greedy completion.
     generate: from `make_generate`, eval.samples a prompt; None: greedy only.

@@ -31,7 +31,7 @@ from mtp_rl import (
   warmup,
 )
 from mtp_rl import config as config_lib
-from mtp_rl.rollout import experience, sampler
+from mtp_rl.rollout import experience, layout, sampler
 
 # Fields that may change between the runs of one workdir.
 _MAY_CHANGE = ('rl.steps', 'eval.every', 'run.checkpoint_every', 'run.keep',
@@ -197,6 +197,7 @@ def prepare(run):
   make = functools.partial(evaluate.make_generate, config, run.vocab_size,
                            run.mesh, steps.abstract.params,
                            task.tokenizer.ends)
+  place = layout.make_place(steps.abstract.params, config, run.mesh)
   sample, greedy, several = (make(config.rl.group), make(1, greedy=True),
                              make(config.eval.samples))
 
@@ -207,12 +208,12 @@ def prepare(run):
 
   def collect(params, reference, step):
     return experience.collect(
-        params, reference, step, task=task, config=config, generate=sample,
-        score=score, key=jax.random.fold_in(run.key, 3))
+        params, reference, step, task=task, config=config, place=place,
+        generate=sample, score=score, key=jax.random.fold_in(run.key, 3))
 
   measure = lambda params, log=None: evaluate.measure(
-      params, task, greedy, several, config, jax.random.fold_in(run.key, 2),
-      log)
+      place(params), task, greedy, several, config,
+      jax.random.fold_in(run.key, 2), log)
 
   def held_out(params):
     start = time.perf_counter()

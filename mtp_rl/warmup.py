@@ -20,7 +20,7 @@ from mtp_rl import (
 )
 from mtp_rl import config as config_lib
 from mtp_rl.models import pretrained
-from mtp_rl.rollout import sampler
+from mtp_rl.rollout import layout, sampler
 
 
 def _directory(run):
@@ -82,6 +82,7 @@ class Samples:
       abstract: parameters as ShapeDtypeStructs with shardings.
     """
     self._run, self._number, self._pool = run, None, None
+    self._place = layout.make_place(abstract, run.config, run.mesh)
     self._generate = evaluate.make_generate(
         run.config, run.vocab_size, run.mesh, abstract,
         run.task.tokenizer.ends, run.config.rl.group)
@@ -104,7 +105,8 @@ class Samples:
     w = self._run.config.warmup
     number = (step - 1) // w.pool_steps
     if number != self._number:
-      rollouts = [self._rollout(params, number * w.pool + i)
+      placed = self._place(params)
+      rollouts = [self._rollout(placed, number * w.pool + i)
                   for i in range(w.pool)]
       self._pool = jax.tree.map(lambda *x: np.concatenate(x), *rollouts)
       self._number = number

@@ -62,6 +62,7 @@ def _collect(plan, step=5, **rl):
       zeros, np.zeros((P * G, S, 0), np.float32), zeros,
       np.zeros((P * G, S, 0), np.float32), np.zeros((P * G, S, 0), np.float32))
   out = experience.collect(None, None, step, task=task, config=config,
+                           place=lambda params: params,
                            generate=_generate(task), score=score,
                            key=jax.random.key(0))
   batch, metrics, show = out

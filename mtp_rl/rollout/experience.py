@@ -85,8 +85,8 @@ def _draw_batch(draw, config):
       'reward/drawn_mean': drawn.rewards.mean()}
 
 
-def collect(params, reference_params, step, *, task, config, generate, score,
-            key):
+def collect(params, reference_params, step, *, task, config, place, generate,
+            score, key):
   """Return one rollout, ready for the updates, and what was seen.
 
   Args:
@@ -95,6 +95,7 @@ def collect(params, reference_params, step, *, task, config, generate, score,
     step: RL step; the prompts and samples are functions of it and the seed.
     task: see `tasks.Task`.
     config: `config.Config`.
+    place: puts the parameters where the sampler reads them; see `layout`.
     generate: see `evaluate.make_generate`.
     score: see `train_step.Steps`.
     key: PRNG key of the run.
@@ -106,13 +107,17 @@ def collect(params, reference_params, step, *, task, config, generate, score,
   g, s = config.rl.group, config.rollout.max_response
   examples, costs = [], []
   failed = task.counts()
+  start = time.perf_counter()
+  placed = place(params)
+  placing = time.perf_counter() - start
   drawn, metrics = _draw_batch(
       lambda redraw: _draw(
-          params, step, redraw, task=task, config=config, generate=generate,
+          placed, step, redraw, task=task, config=config, generate=generate,
           key=key, examples=examples, costs=costs), config)
   # Of this step alone: a resumed run counts as an uninterrupted one does.
   failed = distributed.total({f'reward/{name}': n - failed[name]
                               for name, n in task.counts().items()})
+  placed = None  # frees the sampler's copy before anything else is computed
   start = time.perf_counter()
 
   tokens = types.Tokens(drawn.tokens, drawn.valid)
@@ -134,6 +139,7 @@ def collect(params, reference_params, step, *, task, config, generate, score,
       old.main, old.heads, drawn.sampled, reference)
   generating, rewarding, made = np.sum(costs, 0)
   metrics |= {
+      'timing_s/reshard': placing,
       'timing_s/rollout': generating,
       'timing_s/reward': rewarding,
       'timing_s/score': time.perf_counter() - start,

@@ -13,6 +13,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mtp_rl import sharding
 from mtp_rl import tree as tree_lib
@@ -66,11 +68,11 @@ def abstract(params, config, mesh):
           sharding=s), params, places)
 
 
-def make_place(params, config, mesh):
-  """Return the function params -> params as `abstract` says.
+def mover(params, config, mesh):
+  """Return the jitted function params -> params as `abstract` says, or None.
 
-  The MTP modules go along, though the sampler does not read them: they are
-  small, and one tree is simpler than two.
+  None stands for the training layout itself. The MTP modules go along, though
+  the sampler does not read them: they are small, and one tree is simpler.
 
   Args:
     params: parameters of the training layout, abstract.
@@ -79,10 +81,29 @@ def make_place(params, config, mesh):
   """
   to = abstract(params, config, mesh)
   if to is params:
+    return None
+  everywhere = NamedSharding(mesh, P())
+
+  def move(x, t):
+    # Gathered and cut again: the partitioner knows no shorter way.
+    whole = jax.lax.with_sharding_constraint(x.astype(t.dtype), everywhere)
+    return jax.lax.with_sharding_constraint(whole, t.sharding)
+
+  def by_layers(keys, x, t):
+    if 'blocks' not in tree_lib.path(keys):
+      return move(x, t)
+    spec = NamedSharding(t.sharding.mesh, P(*t.sharding.spec[1:]))
+    layer = jax.ShapeDtypeStruct(t.shape[1:], t.dtype, sharding=spec)
+    return jax.lax.map(lambda y: move(y, layer), x)  # one layer whole at once
+
+  return jax.jit(
+      lambda params: jax.tree_util.tree_map_with_path(by_layers, params, to),
+      out_shardings=jax.tree.map(lambda x: x.sharding, to))
+
+
+def make_place(params, config, mesh):
+  """Return the function that moves parameters, and waits; see `mover`."""
+  move = mover(params, config, mesh)
+  if move is None:
     return lambda params: params
-  cast = lambda tree: jax.tree.map(lambda x, t: x.astype(t.dtype), tree, to)
-  narrow = jax.jit(cast, out_shardings=jax.tree.map(
-      lambda x: x.sharding, params))
-  places = jax.tree.map(lambda x: x.sharding, to)
-  return lambda params: jax.block_until_ready(
-      jax.device_put(narrow(params), places))
+  return lambda params: jax.block_until_ready(move(params))

@@ -1,0 +1,79 @@
+"""Small programs compiled for a TPU slice: what breaks that breaks here."""
+
+import json
+
+import pytest
+
+from mtp_rl import aot
+from mtp_rl import config as config_lib
+from tests import conftest
+
+TOPOLOGY, V = 'v5p:2x2x1', 1664
+GIB = 2 ** 30
+
+
+def _config(**sections):
+  """Two layers of the sizes that the splash kernel takes, bfloat16."""
+  return conftest.tiny_config(
+      model=dict(d_model=256, n_heads=2, n_kv_heads=2, head_dim=128, d_ff=384,
+                 vocab_size=V, dtype='bfloat16', tie_embeddings=False,
+                 remat='attention', head_chunk=32),
+      rollout=dict(max_prompt=128, max_response=128, model=2),
+      mesh=dict(fsdp=4), **sections)
+
+
+@pytest.fixture(scope='module', name='rows')
+def _rows():
+  pytest.importorskip('libtpu')
+  config = _config()
+  return {row.name: row for row in aot.compile_all(
+      config, TOPOLOGY, ['occ', 'decode', 'reshard'])}
+
+
+def test_a_small_config_compiles_for_a_tpu(rows):
+  for name, row in rows.items():
+    assert row.error is None, (name, row.error)
+    assert aot.fits(row, aot.chip(TOPOLOGY))
+    assert 0 < row.arguments < row.peak
+    json.dumps(aot.to_dict(row, aot.chip(TOPOLOGY)))
+
+
+def test_flops_are_those_of_the_matmuls(rows):
+  """Weights x tokens x 6, one more pass recomputed; attention and head."""
+  config = _config()
+  tokens = rows['occ'].tokens / 4
+  kernels = 3 * (4 * 256 * 256 + 3 * 256 * 384) + 512 * 256  # 2 blocks, MTP's
+  head = 2 * 256 * V * config.rollout.max_response / 256
+  least = 6 * tokens * (kernels + head)
+  assert least < rows['occ'].summary.flops < 2 * least
+
+
+def test_no_array_of_tokens_times_vocabulary_for_a_tpu(rows):
+  size, kind, where = rows['occ'].summary.vocabulary
+  tokens = rows['occ'].tokens / 4
+  assert size <= 4 * tokens * V / 4, (kind, where)
+
+
+def test_a_decoding_step_gathers_no_parameters(rows):
+  moved = rows['decode'].summary.collectives
+  weights = 2 * 2 * (4 * 256 * 256 + 3 * 256 * 384)
+  assert moved.get('all-gather', 0) < weights / 4
+
+
+def test_unknown_slices_and_unset_vocabularies_are_refused():
+  with pytest.raises(config_lib.ConfigError, match='no known chip'):
+    aot.chip('v99:2x2')
+  config = _config()
+  config.model.vocab_size = 0
+  with pytest.raises(config_lib.ConfigError, match='set model.vocab_size'):
+    next(aot.compile_all(config, TOPOLOGY, ['occ']))
+
+
+def test_a_mesh_must_fill_the_slice():
+  pytest.importorskip('libtpu')
+  config = _config()
+  config.mesh.fsdp = 2
+  with pytest.raises(config_lib.ConfigError, match='fsdp=4'):
+    next(aot.compile_all(config, TOPOLOGY, ['occ']))
+
+
