@@ -7,8 +7,9 @@ r"""Compile a config's real programs for a TPU slice, without the slice.
 Prints what each program needs of one chip and writes DIR/compile_for.json;
 exits with 1 where one does not fit. Programs are the update of a regime
 (`rl_only`, `detach`, `ce`, `policy`, `occ`, with an estimator behind a colon:
-`occ:exact`), the sampler's `prefill` and `decode`, and `reshard`, which moves
-the parameters to the sampler's layout (--config.rollout.model).
+`occ:exact`), the sampler's `prefill`, `decode` and whole `rollout`, and
+`reshard`, which moves the parameters to the sampler's layout (with
+--config.rollout.model).
 """
 
 import os

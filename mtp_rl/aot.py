@@ -134,11 +134,12 @@ def update(config, vocab_size, mesh):
   return lowered, rows * columns
 
 
-def rollout(config, vocab_size, mesh):
-  """Return {name: (lowered, tokens)} of the sampler's two steps.
+def rollout(name, config, vocab_size, mesh):
+  """Return (lowered, tokens) of a part of the sampler.
 
   'prefill' reads all prompts of an RL step and copies their caches to the
-  samples, 'decode' adds one token to every sample.
+  samples, 'decode' adds one token to every sample, 'rollout' is the whole
+  loop as a run has it.
   """
   ends, group = tokenizers.CharTokenizer('').ends, config.rl.group
   fixed = dict(config=config, vocab_size=vocab_size, ends=ends)
@@ -164,12 +165,16 @@ def rollout(config, vocab_size, mesh):
       state, placed)
   decode = lambda params, state: sampler.extend(params, state, **fixed)
   with jax.set_mesh(mesh):
-    first = jax.jit(prefill, out_shardings=placed).lower(
-        params, prompts, valid, key)
-    further = jax.jit(decode, out_shardings=placed, donate_argnums=1).lower(
-        params, abstract)
-  return {'prefill': (first, math.prod(shape)),
-          'decode': (further, shape[0] * group)}
+    if name == 'prefill':
+      return jax.jit(prefill, out_shardings=placed).lower(
+          params, prompts, valid, key), math.prod(shape)
+    if name == 'decode':
+      return jax.jit(decode, out_shardings=placed, donate_argnums=1).lower(
+          params, abstract), shape[0] * group
+    whole = lambda *args: sampler.generate(*args, group=group, **fixed)
+    return jax.jit(whole, out_shardings=(rows, rows)).lower(
+        params, prompts, valid, key), math.prod(shape) + (
+            shape[0] * group * config.rollout.max_response)
 
 
 def _program(name, config, vocab_size, mesh):
@@ -182,8 +187,8 @@ def _program(name, config, vocab_size, mesh):
           'program reshard moves parameters to the sampling layout, but '
           'rollout.model=0; set it, or leave the program out')
     return move.lower(params), 0, config
-  if name in ('prefill', 'decode'):
-    return *rollout(config, vocab_size, mesh)[name], config
+  if name in ('prefill', 'decode', 'rollout'):
+    return *rollout(name, config, vocab_size, mesh), config
   regime, _, estimator = name.partition(':')
   config = dataclasses.replace(
       config, mtp=dataclasses.replace(config.mtp, regime=regime),

@@ -57,3 +57,22 @@ def test_rl_only_leaves_the_head_untouched_and_detach_does_not():
         np.subtract, part(after.params), part(before))))
     assert gap(tree.shared) > 0
     assert (gap(tree.head) > 0) == moves
+
+
+@pytest.mark.parametrize('regime', ('occ', 'curvature'))
+def test_bfloat16_on_a_mesh_is_near_float32(regime):
+  """Parameters, moments and gradients stay float32; lambda is near."""
+  out = {}
+  for dtype in ('float32', 'bfloat16'):
+    config = batches.config(regime, mesh=dict(data=2, fsdp=2, model=2),
+                            model=dict(dtype=dtype, vocab_size=12))
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+      steps = train_step.make(config, 12, mesh)
+      state, metrics = steps.update(steps.init(jax.random.key(0)),
+                                    batches.batch())
+    assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {'float32'}
+    out[dtype] = jax.device_get(metrics)
+  for name in ('actor/pg_loss', 'grad_norm/policy', 'grad_norm/mtp'):
+    np.testing.assert_allclose(out['bfloat16'][name], out['float32'][name],
+                               rtol=.05, atol=.02, err_msg=name)

@@ -26,8 +26,7 @@ class Cache(NamedTuple):
   value: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _narrow(x, kernel, out):
+def _product(x, kernel, out):
   return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out)
 
 
@@ -38,7 +37,8 @@ def _narrow_backward(out, saved, dy):
   return dx, jnp.matmul(x.T, dy, preferred_element_type=kernel.dtype)
 
 
-_narrow.defvjp(lambda x, kernel, out: (_narrow(x, kernel, out), (x, kernel)),
+_narrow = jax.custom_vjp(_product, nondiff_argnums=(2,))
+_narrow.defvjp(lambda x, kernel, out: (_product(x, kernel, out), (x, kernel)),
                _narrow_backward)
 
 
