@@ -29,9 +29,10 @@ from mtp_rl import (
 from mtp_rl.rollout import layout, sampler
 
 GIB = 2 ** 30
-# An asynchronous gather on the sparse cores is newer than jaxlib's reader of
+# Asynchronous work of the sparse cores is newer than jaxlib's reader of
 # programs: it stays on the tensor core, or the text could not be read.
-OPTIONS = {'xla_tpu_offload_gather_to_sparsecore': 'false'}
+OPTIONS = {'xla_tpu_offload_gather_to_sparsecore': 'false',
+           'xla_tpu_enable_offloading_scatter_to_sparsecore': 'false'}
 
 
 class Chip(NamedTuple):
@@ -243,7 +244,11 @@ def compile_row(name, lowered, tokens, target, vocab_size, params):
   seconds = time.perf_counter() - start
   m = compiled.memory_analysis()
   sizes = {x.size for x in jax.tree.leaves(params)}
-  summary = hlo.summarise(compiled.as_text(), vocab_size, sizes)
+  try:
+    summary = hlo.summarise(compiled.as_text(), vocab_size, sizes)
+  except jax.errors.JaxRuntimeError as e:  # a newer libtpu than jaxlib
+    return Row(name, tokens, f'compiled, but its text cannot be read: {e}'[
+        :300], seconds)
   moved = (m.argument_size_in_bytes + m.output_size_in_bytes
            - m.alias_size_in_bytes)
   peak = moved + m.temp_size_in_bytes + m.generated_code_size_in_bytes

@@ -164,8 +164,17 @@ def _convolution(instruction, operands):
 
 
 def _kernel(instruction, operands):
-  """Return FLOPs of a splash attention kernel: half of all scores are seen."""
+  """Return FLOPs of the kernels that are no matmul to XLA.
+
+  Of splash attention half of all scores; of a ragged dot all its rows, though
+  it skips those behind the last group.
+  """
   name = instruction.name
+  if name.startswith('ragged-dot') and 'metadata' not in name:
+    lhs, rhs = (dims for _, dims in operands[-2:])
+    out = shapes(instruction.type)[0][1]
+    return 2. * (math.prod(out) * lhs[-1] if len(out) == 2
+                 else math.prod(lhs) * rhs[-1])
   matmuls = {'fwd': 2, 'dq': 3, 'dkv': 4}
   for kind, n in matmuls.items():
     if f'splash_mha_{kind}' in name:
