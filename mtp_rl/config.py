@@ -96,6 +96,7 @@ class RL:
   group: int = 8  # G
   minibatches: int = 4
   microbatches: int = 1  # > 1: recompute each one in the backward pass
+  pack: bool = False  # several completions a row of the update
   lr: float = 1e-3
   dynamic_sampling: int = 0  # most redraws of a step for varied groups; 0: off
   overlong_buffer: int = 0  # tokens before max_response that cost; 0: off

@@ -9,6 +9,7 @@ apart (occ.estimator=exact) pulls the trunk back twice, everybody else adds
 the cotangents first and pulls it back once.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_rl import sharding, tree
-from mtp_rl.models import moe, transformer
+from mtp_rl.models import attention, moe, transformer
 from mtp_rl.models import mtp as mtp_model
 from mtp_rl.objectives import logprobs
 
@@ -59,16 +60,24 @@ def _microbatched(function, pieces):
   return run
 
 
-def _token_logprobs(config, hidden, heads, params, tokens, **what):
+def _token_logprobs(config, hidden, heads, params, tokens, responses, **what):
   return logprobs.token_logprobs(
       hidden, heads, transformer.head_matrix(params), tokens,
-      config.rollout.max_response, chunk=config.model.head_chunk,
+      responses or config.rollout.max_response, chunk=config.model.head_chunk,
       temperature=config.rollout.temperature,
       detach_head=config.mtp.detach_head, **what)
 
 
-def score(params, tokens, valid, *, config, vocab_size, heads=True,
-          entropy=False, acceptance=False):
+def _for_rows(config, valid):
+  """Return the config whose attention takes rows of several sequences."""
+  if valid.dtype == bool:
+    return config
+  return dataclasses.replace(config, model=attention.for_segments(
+      config.model, transformer.head_channels(config.model), valid.shape[1]))
+
+
+def score(params, tokens, valid, *, config, vocab_size, responses=None,
+          heads=True, entropy=False, acceptance=False):
   """Return the `logprobs.LogProbs` of the response tokens under params.
 
   With rl.microbatches > 1 the rows pass in that many pieces, each recomputed
@@ -77,18 +86,21 @@ def score(params, tokens, valid, *, config, vocab_size, heads=True,
   Args:
     params: the model's parameters.
     tokens: int32 [B, T].
-    valid: bool [B, T].
+    valid: bool [B, T], or int32 segments of packed rows.
     config: `config.Config`.
     vocab_size: V.
+    responses: S, the last columns, which are scored; None:
+      rollout.max_response. All T of packed rows.
     heads: whether the MTP heads are scored.
     entropy, acceptance: see `logprobs.token_logprobs`.
   """
+  config = _for_rows(config, valid)
   net = network(config, vocab_size)
 
   def piece(params, tokens, valid):
     (hidden, ahead), seen = net.apply({'params': params}, tokens, valid, heads,
                                       mutable=[moe.LOAD])
-    out = _token_logprobs(config, hidden, ahead, params, tokens,
+    out = _token_logprobs(config, hidden, ahead, params, tokens, responses,
                           entropy=entropy, acceptance=acceptance)
     return out._replace(load=moe.load(seen))
 
@@ -126,7 +138,7 @@ class Forward(NamedTuple):
   pull_trunk: Callable
 
 
-def _stages(config, vocab_size, entropy):
+def _stages(config, vocab_size, responses, entropy):
   """Return the functions trunk, main and ahead of (params, *rows)."""
   net = network(config, vocab_size)
 
@@ -135,12 +147,14 @@ def _stages(config, vocab_size, entropy):
 
   def main(params, x, tokens):
     h = net.apply({'params': params}, x, method='norm')
-    out = _token_logprobs(config, h, (), params, tokens, entropy=entropy)
+    out = _token_logprobs(config, h, (), params, tokens, responses,
+                          entropy=entropy)
     return out.main, out.entropy
 
   def ahead(params, x, tokens, valid):
     states = net.apply({'params': params}, x, tokens, valid, method='ahead')
-    return _token_logprobs(config, None, states, params, tokens).heads
+    return _token_logprobs(config, None, states, params, tokens,
+                           responses).heads
 
   run = functools.partial(_microbatched, pieces=config.rl.microbatches)
   return run(trunk), run(main), run(ahead)
@@ -153,10 +167,11 @@ def _parts(params):
   return below, above
 
 
-def forward(params, tokens, valid, *, config, vocab_size, heads=True,
-            entropy=False):
+def forward(params, tokens, valid, *, config, vocab_size, responses=None,
+            heads=True, entropy=False):
   """Return the `Forward` of a minibatch; see `score` for the arguments."""
-  trunk, main, ahead = _stages(config, vocab_size, entropy)
+  trunk, main, ahead = _stages(_for_rows(config, valid), vocab_size, responses,
+                               entropy)
   below, above = _parts(params)
   psi = tree.head(params)
   x, back = jax.vjp(lambda p: trunk(p, tokens, valid), below)

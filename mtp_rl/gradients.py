@@ -48,7 +48,8 @@ def mtp_losses(heads, head_mask, batch, config, kind, scale=None):
   """Return the K losses of one kind ('ce' or 'policy') and metrics."""
   ce = mtp_loss.cross_entropy(heads, head_mask)
   pg, clipfrac = mtp_loss.policy_losses(heads, head_mask, batch, config.rl,
-                                        config.mtp.reference, scale)
+                                        config.mtp.reference, scale,
+                                        config.rollout.max_response)
   metrics = {'mtp/pg_clipfrac': clipfrac}
   for k in range(heads.shape[-1]):
     metrics[f'mtp_{k + 1}/loss'] = ce[k]
@@ -60,8 +61,10 @@ def objective(params, batch, config, vocab_size):
   """Return J (to be maximised), float32 []."""
   out = forward.score(params, batch.tokens, batch.valid, config=config,
                       vocab_size=vocab_size, heads=False,
+                      responses=batch.mask.shape[1],
                       entropy=bool(config.rl.entropy_coef))
-  return -policy.rl_loss(out.main, out.entropy, batch, config.rl)[0]
+  return -policy.rl_loss(out.main, out.entropy, batch, config.rl,
+                         config.rollout.max_response)[0]
 
 
 def _fixed(config, d_rl, d_mtp):
@@ -119,7 +122,7 @@ class Minibatch:
     self._forwards = [
         forward.forward(params, tokens, valid, config=config,
                         vocab_size=vocab_size, heads=use_heads,
-                        entropy=self._entropy)
+                        responses=batch.mask.shape[1], entropy=self._entropy)
         for tokens, valid in zip(self._cut(batch.tokens),
                                  self._cut(batch.valid))]
     self.main = self._paste([f.main for f in self._forwards])
@@ -127,13 +130,15 @@ class Minibatch:
                     if self._entropy else 0.)
     (loss, self.metrics), d_rl = jax.value_and_grad(
         policy.rl_loss, argnums=(0, 1), has_aux=True)(
-            self.main, self.entropy, batch, config.rl)
+            self.main, self.entropy, batch, config.rl,
+            config.rollout.max_response)
     self.value = -loss
     self._d_rl = jax.tree.map(jnp.negative, d_rl)
     if use_heads:
       self.heads = self._paste([f.heads for f in self._forwards])
       self.head_mask = logprobs.head_mask(
           batch.valid, batch.mask.shape[1], config.mtp.heads)
+      self.head_mask &= batch.mask[..., None]  # no prompt of a packed row
 
   def _cut(self, x):
     """[B, ...] -> list of parts, prompt p in part p mod n."""
@@ -227,10 +232,12 @@ class Minibatch:
         i, tokens, valid = part
         out = forward.score({**theta, **psi}, tokens, valid, heads=False,
                             config=config, vocab_size=self._vocab_size,
+                            responses=self.batch.mask.shape[1],
                             entropy=self._entropy)
         entropy = put(self.entropy, i, out.entropy) if self._entropy else 0.
         return -policy.rl_loss(put(self.main, i, out.main), entropy,
-                               self.batch, self.config.rl)[0], None
+                               self.batch, self.config.rl,
+                               self.config.rollout.max_response)[0], None
       _, g, _, product = occ.directional(value, theta, direction)
       return tree.add(total, (g, product)), None
 

@@ -1,9 +1,32 @@
-"""Masked reductions; each loss aggregation stands here once."""
+"""Masked reductions; each loss aggregation stands here once.
 
+A row of a [B, S] array is one sequence, or `Sequences` says which sequences
+its columns belong to.
+"""
+
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 
 AGGREGATIONS = ('token-mean', 'seq-mean-token-sum', 'seq-mean-token-mean',
                 'seq-mean-token-sum-norm')
+
+
+class Sequences(NamedTuple):
+  """Where the sequences of a [B, S] array lie.
+
+  Attributes:
+    segments: int32 [B, S], the sequence of its row that a column belongs to,
+      1 .. S, and 0 at padding; None where each row is one sequence.
+    longest: most tokens that a response may have, the constant of
+      'seq-mean-token-sum-norm'; None: S, where each row is one sequence.
+  """
+  segments: jax.Array | None = None
+  longest: int | None = None
+
+
+ROWS = Sequences()  # one sequence a row
 
 
 def total(x, where, axis=None):
@@ -17,7 +40,49 @@ def mean(x, where, axis=None):
   return total(x, where, axis) / jnp.maximum(count, 1)
 
 
-def aggregate(x, mask, how):
+def _by_sequence(x, segments):
+  """Return the sums of x over each sequence, [B, 1] or [B, S + 1]."""
+  if segments is None:
+    return jnp.sum(x, axis=-1, keepdims=True)
+  # Row by row, so that a mesh may split them; a row of S columns has at most
+  # S sequences, whatever their number is.
+  add = lambda x, s: jax.ops.segment_sum(x, s, x.shape[0] + 1)
+  return jax.vmap(add)(x, segments)
+
+
+def sequence_means(x, where, segments=None):
+  """Return the mean of x over each sequence's `where`, and how many they are.
+
+  Args:
+    x: float [B, S].
+    where: bool [B, S].
+    segments: see `Sequences`.
+
+  Returns:
+    float32 means, 0 where nothing is selected, and int32 counts: [B, 1], or
+    [B, S + 1] with column n for segment n of the row.
+  """
+  count = _by_sequence(where.astype(jnp.int32), segments)
+  sums = _by_sequence(jnp.where(where, x, 0).astype(jnp.float32), segments)
+  return sums / jnp.maximum(count, 1), count
+
+
+def spread(values, segments=None):
+  """Return to each column what `sequence_means` gave its sequence.
+
+  Args:
+    values: [B, 1] or [B, S + 1].
+    segments: see `Sequences`.
+
+  Returns:
+    [B, 1] or [B, S].
+  """
+  if segments is None:
+    return values
+  return jnp.take_along_axis(values, segments, axis=1)
+
+
+def aggregate(x, mask, how, sequences=ROWS):
   """Reduce a token-indexed loss to a scalar.
 
   Denominators are those of the arrays passed in, so pass the whole minibatch.
@@ -26,24 +91,31 @@ def aggregate(x, mask, how):
     x: float [B, S].
     mask: bool [B, S].
     how: 'token-mean' (sum / valid tokens), 'seq-mean-token-sum',
-      'seq-mean-token-mean' (both over rows that have a valid token), or
-      'seq-mean-token-sum-norm' (sum / (rows * S), the constant of Dr.GRPO).
+      'seq-mean-token-mean' (both over sequences that have a valid token),
+      or 'seq-mean-token-sum-norm' (sum / (sequences * S), the constant of
+      Dr.GRPO; `Sequences.longest` in place of S where it is given).
+    sequences: `Sequences`.
 
   Returns:
     float32 []; 0 where no token is valid.
 
   Raises:
-    ValueError: how is none of the four.
+    ValueError: how is none of the four, or S is needed of sequences that
+      share rows.
   """
   if how == 'token-mean':
     return mean(x, mask)
-  filled = jnp.any(mask, axis=-1)
-  rows = jnp.maximum(jnp.sum(filled), 1)
+  segments, longest = sequences
+  means, counts = sequence_means(x, mask, segments)
+  filled = jnp.maximum(jnp.sum(counts > 0), 1)
   if how == 'seq-mean-token-sum':
-    return total(x, mask) / rows
+    return total(x, mask) / filled
   if how == 'seq-mean-token-mean':
-    return jnp.sum(mean(x, mask, axis=-1)) / rows
+    return jnp.sum(means) / filled
   if how == 'seq-mean-token-sum-norm':
-    return total(x, mask) / (rows * x.shape[-1])
+    if segments is not None and longest is None:
+      raise ValueError('the columns of a packed row are no response length; '
+                       'set Sequences.longest')
+    return total(x, mask) / (filled * (longest or x.shape[-1]))
   raise ValueError(f'aggregation {how!r} is none of {AGGREGATIONS}')
 

@@ -43,13 +43,8 @@ def make_mesh(mesh_config, devices=None):
       this machine's, as many as the mesh takes.
 
   Raises:
-<<<<<<< HEAD
     config.ConfigError: there are fewer devices than the mesh has, or more
-      than it uses of a slice.
-=======
-    config.ConfigError: the machine has fewer devices than the mesh, or more
-      in several processes.
->>>>>>> h2
+      than it uses of a slice or of several processes.
   """
   shape = tuple(getattr(mesh_config, axis) for axis in AXES)
   size = math.prod(shape)

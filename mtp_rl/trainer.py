@@ -31,7 +31,7 @@ from mtp_rl import (
   warmup,
 )
 from mtp_rl import config as config_lib
-from mtp_rl.rollout import experience, layout, sampler
+from mtp_rl.rollout import experience, layout, packing, sampler
 
 # Fields that may change between the runs of one workdir.
 _MAY_CHANGE = ('rl.steps', 'eval.every', 'run.checkpoint_every', 'run.keep',
@@ -168,8 +168,9 @@ def _update(run, steps, state, batch):
   seen = []
   for i in range(run.config.rl.minibatches):
     part = jax.tree.map(lambda x: x[i * rows:(i + 1) * rows], batch)
+    part, packed = packing.for_update(part, run.config)
     state, values = steps.update(state, distributed.put(part, placed))
-    seen.append(values)
+    seen.append(values | packed)
   seen = jax.device_get(seen)
   return state, {k: np.mean([v[k] for v in seen]) for k in seen[0]}
 

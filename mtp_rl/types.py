@@ -52,9 +52,12 @@ class Tokens(NamedTuple):
 class RolloutBatch(NamedTuple):
   """What one update consumes; rows are completions.
 
+  `rollout.packing` puts several completions in a row. Then [B, S] reads
+  [B, T] throughout, and `valid` says which completion a token is of.
+
   Attributes:
     tokens: int32 [B, T].
-    valid: bool [B, T].
+    valid: bool [B, T]; of packed rows int32, 1, 2, .. by completion, 0 padding.
     mask: bool [B, S], True at response tokens (valid[:, R:]).
     advantages: float32 [B, S].
     old_main: float32 [B, S], log-probs of the main head before the update.
@@ -70,6 +73,11 @@ class RolloutBatch(NamedTuple):
   old_heads: jax.Array
   sampler: jax.Array
   reference: jax.Array
+
+  @property
+  def segments(self):
+    """int32 [B, T] of packed rows, None where a row is one completion."""
+    return None if self.valid.dtype == bool else self.valid
 
 
 class OccState(NamedTuple):

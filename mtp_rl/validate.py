@@ -145,6 +145,27 @@ def _validate_sampling(config):
         f'devices that rollout.model={r.model} leaves for rows; set it higher')
 
 
+def _validate_packing(config):
+  m, o = config.mtp, config.occ
+  _need(m.regime != 'occ_authors',
+        'rl.pack=true puts several completions in a row, but mtp.regime='
+        'occ_authors takes one lambda a microbatch, padding included; set '
+        'rl.pack=false or mtp.regime=occ')
+  _need(o.estimator != 'authors',
+        'rl.pack=true leaves padding out, but occ.estimator=authors is a mean '
+        'over all positions, padding included; set rl.pack=false or '
+        'occ.estimator=logprob')
+  _need(o.estimator != 'cross_fitted',
+        'rl.pack=true mixes prompts in a row, but occ.estimator=cross_fitted '
+        'takes rows apart by prompt; set rl.pack=false')
+  _need(o.estimator not in config_lib.IN_PARTS or o.pieces == 1,
+        f'rl.pack=true mixes prompts in a row, but occ.pieces={o.pieces} takes '
+        'rows apart by prompt; set occ.pieces=1 or rl.pack=false')
+  _need(config.model.attention != 'cudnn',
+        'rl.pack=true puts several completions in a row, but '
+        'model.attention=cudnn takes one; set model.attention=auto')
+
+
 def _validate_batch(config):
   r, mesh = config.rl, config.mesh
   _need(r.prompts % r.minibatches == 0,
@@ -257,4 +278,6 @@ def validate(config):
   _validate_mtp(config)
   _validate_batch(config)
   _validate_sampling(config)
+  if config.rl.pack:
+    _validate_packing(config)
   _validate_start(config)

@@ -84,6 +84,7 @@ def measuring_config(config, bound, pieces=None):
   config.mtp.regime, config.occ.estimator = 'occ', 'cross_fitted'
   config.occ.lambda_min, config.occ.lambda_max = -bound, bound
   config.occ.pieces = pieces or max(config.occ.pieces, 2)
+  config.rl.pack = False  # parts are taken by prompt
   return config
 
 

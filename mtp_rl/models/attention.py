@@ -93,6 +93,19 @@ def without_kernels(model_config):
   return dataclasses.replace(model_config, attention=kind)
 
 
+def for_segments(model_config, channels, columns):
+  """Return a `config.Model` whose attention takes several segments a row.
+
+  Args:
+    model_config: `config.Model`.
+    channels: C.
+    columns: T.
+  """
+  kind = resolve(model_config.attention, channels, columns, model_config.dtype)
+  return dataclasses.replace(
+      model_config, attention='blocks' if kind == 'cudnn' else kind)
+
+
 def attend(query, key, value, rows, kind='plain'):
   """Return softmax(q k^T / sqrt(C)) v, softmax in float32.
 

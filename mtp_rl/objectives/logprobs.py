@@ -55,12 +55,17 @@ def response_states(hidden, depth, responses):
 
 
 def head_mask(valid, responses, heads):
-  """Return bool [B, S, K]: response tokens that depth k can predict.
+  """Return bool [B, S, K]: tokens of these columns that depth k can predict.
 
-  The token in column t is read at column t-k-1, which must be valid.
+  The token in column t is read at column t-k-1, which must be of the same
+  sequence. With it the module has seen the embeddings up to column t-1 and no
+  later one, since attention is causal and stays in the sequence: what lies
+  behind its end (padding, or in a packed row the next sequence) reaches only
+  states that would predict beyond it, and those are left out here.
 
   Args:
-    valid: bool [B, T].
+    valid: bool [B, T], or int32 segments where rows are packed (then the
+      prompts' tokens count too: restrict the result to the responses).
     responses: S.
     heads: K.
   """
@@ -68,7 +73,8 @@ def head_mask(valid, responses, heads):
   out = []
   for k in range(1, heads + 1):
     source = jnp.pad(valid, ((0, 0), (k + 1, 0)))[:, :length]
-    out.append((valid & source)[:, length - responses:])
+    same = (valid > 0) & (source == valid)
+    out.append(same[:, length - responses:])
   if not out:
     return jnp.zeros((valid.shape[0], responses, 0), bool)
   return jnp.stack(out, axis=-1)

@@ -32,7 +32,7 @@ def reference(batch, kind):
   return batch.old_heads
 
 
-def policy_losses(logprobs, mask, batch, rl, kind, scale=None):
+def policy_losses(logprobs, mask, batch, rl, kind, scale=None, longest=None):
   """Return each head's RL loss: the main head's, on the head's log-probs.
 
   The ratio is exp(delta_MTP), advantages and clips are the main head's.
@@ -44,6 +44,7 @@ def policy_losses(logprobs, mask, batch, rl, kind, scale=None):
     rl: `config.RL`.
     kind: 'main_old' or 'mtp_old', see `reference`.
     scale: float [B] on the advantages (regime occ_authors), or None.
+    longest: rollout.max_response; see `masked.Sequences`.
 
   Returns:
     float32 [K] and the mean fraction of clipped tokens.
@@ -57,7 +58,8 @@ def policy_losses(logprobs, mask, batch, rl, kind, scale=None):
     weights = policy.importance_weights(batch.old_main, batch.sampler,
                                         rl.tis_cap)
   outs = [policy.policy_loss(logprobs[..., k], old[..., k], advantages,
-                             mask[..., k], rl, weights)
+                             mask[..., k], rl, weights,
+                             masked.Sequences(batch.segments, longest))
           for k in range(logprobs.shape[-1])]
   return (jnp.stack([o.loss for o in outs]),
           jnp.mean(jnp.stack([o.clipfrac for o in outs])))

@@ -48,13 +48,14 @@ def ppo(d, advantages, clip_low, clip_high, dual_clip):
   return loss, active
 
 
-def gspo(logprob, d, mask, advantages, clip_low, clip_high):
+def gspo(logprob, d, mask, advantages, clip_low, clip_high, segments=None):
   """Return GSPO's loss (Zheng et al. 2025) and where its clip is active.
 
   s_t = exp(sg(mean_t d) + log pi - sg(log pi)), exponent capped at 10: the
   value of the length-normalised sequence ratio, the gradient of each token.
+  The mean is over one sequence (`masked.Sequences.segments`).
   """
-  mean = masked.mean(d, mask, axis=-1)[:, None]
+  mean = masked.spread(masked.sequence_means(d, mask, segments)[0], segments)
   log_s = jax.lax.stop_gradient(mean - logprob) + logprob
   s = jnp.exp(jnp.minimum(log_s, 10.))
   plain = -advantages * s
@@ -69,7 +70,8 @@ def cispo(logprob, d, advantages, clip_low, clip_high):
   return (-jax.lax.stop_gradient(weight) * advantages * logprob, weight != r)
 
 
-def policy_loss(logprob, old, advantages, mask, rl, weights=None):
+def policy_loss(logprob, old, advantages, mask, rl, weights=None,
+                sequences=masked.ROWS):
   """Return the RL loss of one head's log-probs (to be minimised: L = -J).
 
   Args:
@@ -79,6 +81,7 @@ def policy_loss(logprob, old, advantages, mask, rl, weights=None):
     mask: bool [B, S].
     rl: `config.RL`: loss, clips and aggregation.
     weights: [B, S] truncated importance weights, or None.
+    sequences: `masked.Sequences`.
 
   Returns:
     `PolicyLoss`.
@@ -91,14 +94,14 @@ def policy_loss(logprob, old, advantages, mask, rl, weights=None):
     loss, active = ppo(d, advantages, rl.clip_low, rl.clip_high, rl.dual_clip)
   elif rl.loss == 'gspo':
     loss, active = gspo(logprob, d, mask, advantages, rl.clip_low,
-                        rl.clip_high)
+                        rl.clip_high, sequences.segments)
   elif rl.loss == 'cispo':
     loss, active = cispo(logprob, d, advantages, rl.clip_low, rl.clip_high)
   else:
     raise ValueError(f'rl.loss={rl.loss!r} is none of ppo, gspo, cispo')
   if weights is not None:
     loss = loss * weights
-  return PolicyLoss(masked.aggregate(loss, mask, rl.aggregation),
+  return PolicyLoss(masked.aggregate(loss, mask, rl.aggregation, sequences),
                     masked.mean(active, mask), masked.mean(-d, mask))
 
 
@@ -130,7 +133,7 @@ def kl_penalty(logprob, reference, kind):
   raise ValueError(f'rl.kl_kind={kind!r} is none of k1, k2, k3')
 
 
-def rl_loss(logprob, entropy, batch, rl):
+def rl_loss(logprob, entropy, batch, rl, longest=None):
   """Return L_RL of the main head: surrogate + KL - entropy bonus.
 
   Args:
@@ -138,24 +141,25 @@ def rl_loss(logprob, entropy, batch, rl):
     entropy: [B, S] or None where rl.entropy_coef is 0.
     batch: `types.RolloutBatch` of the whole minibatch.
     rl: `config.RL`.
+    longest: rollout.max_response; see `masked.Sequences`.
 
   Returns:
     The scalar loss and a dict of metrics.
   """
-  weights = None
+  sequences, weights = masked.Sequences(batch.segments, longest), None
   if rl.tis_cap:
     weights = importance_weights(batch.old_main, batch.sampler, rl.tis_cap)
   out = policy_loss(logprob, batch.old_main, batch.advantages, batch.mask, rl,
-                    weights)
+                    weights, sequences)
   loss = out.loss
   metrics = {'actor/pg_loss': out.loss, 'actor/pg_clipfrac': out.clipfrac,
              'actor/ppo_kl': out.kl}
   if rl.kl_coef:
     kl = masked.aggregate(kl_penalty(logprob, batch.reference, rl.kl_kind),
-                          batch.mask, rl.aggregation)
+                          batch.mask, rl.aggregation, sequences)
     loss = loss + rl.kl_coef * kl
     metrics['actor/kl_loss'] = kl
   if rl.entropy_coef:
-    loss = loss - rl.entropy_coef * masked.aggregate(entropy, batch.mask,
-                                                     rl.aggregation)
+    loss = loss - rl.entropy_coef * masked.aggregate(
+        entropy, batch.mask, rl.aggregation, sequences)
   return loss, metrics
