@@ -96,17 +96,19 @@ def split(work, rows):
     rows: how many there are.
 
   Returns:
-    float32 [rows].
+    float64 [rows].
   """
   n = count()
   size = -(-rows // n)
   start = min(size * index(), rows)
   mine = slice(start, min(start + size, rows))
-  done = np.asarray(work(mine), np.float32)
+  done = np.asarray(work(mine), np.float64)
   if n == 1:
     return done
   padded = np.pad(done, (0, size - len(done)))
-  return multihost_utils.process_allgather(padded, tiled=True)[:rows]
+  # As pairs of words: on a device a float64 would be rounded.
+  words = multihost_utils.process_allgather(padded.view(np.uint32), tiled=True)
+  return words.view(np.float64)[:rows]
 
 
 def total(counts):

@@ -236,8 +236,8 @@ def main():
   seen = []
   def work(mine):
     seen.append(mine)
-    return np.arange(5.)[mine] ** 2
-  np.testing.assert_array_equal(d.split(work, 5), [0, 1, 4, 9, 16])
+    return np.arange(5.)[mine] / 10
+  np.testing.assert_array_equal(d.split(work, 5), np.arange(5.) / 10)
   assert seen == [slice(0, 3) if i == 0 else slice(3, 5)]
   np.testing.assert_array_equal(d.split(lambda m: np.ones(1)[m], 1), [1])
   assert d.total({'a': 1 + i, 'b': 5 * i}) == {'a': 3, 'b': 5}

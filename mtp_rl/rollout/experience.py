@@ -50,7 +50,7 @@ def _draw(params, step, redraw, *, task, config, generate, key, examples,
   repeated = [e for e in some for _ in range(g)]
   rewards = distributed.split(lambda mine: task.rewards(
       repeated[mine], [task.tokenizer.decode(row) for row in response[mine]]),
-                              len(repeated))
+                              len(repeated)).astype(np.float32)
   costs.append((generated - start, time.perf_counter() - generated,
                 tokens.valid[:, -config.rollout.max_response:].sum()))
   rows = np.arange(len(repeated), dtype=np.int32) + len(examples)
