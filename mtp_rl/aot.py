@@ -155,7 +155,7 @@ def rollout(name, config, vocab_size, mesh):
   prefill = lambda *args: sampler.prefill(*args, group=group, **fixed)
   state = jax.eval_shape(prefill, params, prompts, valid, key)
   whole = NamedSharding(mesh, P())
-  cache = NamedSharding(mesh, P(None, sharding.BATCH, None, 'model'
+  cache = NamedSharding(mesh, P(None, sharding.BATCH, 'model'
                                 if config.model.n_kv_heads
                                 % mesh.shape['model'] == 0 else None))
   placed = state._replace(

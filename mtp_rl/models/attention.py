@@ -127,8 +127,13 @@ def attend(query, key, value, rows, kind='plain'):
 
 def plain(query, key, value, rows):
   """Hold all scores [B, H, T, U] at once; see `attend`."""
+  return cached(query, key.swapaxes(1, 2), value.swapaxes(1, 2), rows)
+
+
+def cached(query, key, value, rows):
+  """Do what `plain` does with key and value [B, N, U, C], as a cache is."""
   b, t, h, c = query.shape
-  u, n = key.shape[1:3]
+  n, u = key.shape[1:3]
   columns = jnp.arange(t) if rows.columns is None else rows.columns
   mask = ((rows.queries[:, :, None] == rows.keys[:, None, :])
           & (jnp.arange(u)[None, :] <= columns[:, None]))
@@ -137,14 +142,13 @@ def plain(query, key, value, rows):
   g = h // n
   q = (query * c ** -0.5).reshape(b, t, n, g, c)
   q = q.transpose(0, 2, 3, 1, 4).reshape(b, n, g * t, c)
-  k, v = key.swapaxes(1, 2), value.swapaxes(1, 2)
   bias = jnp.where(mask, 0., -1e30).astype(jnp.float32)  # [B, T, U]
   bias = jnp.broadcast_to(bias[:, None], (b, g, t, u)).reshape(b, 1, g * t, u)
-  scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
+  scores = jnp.matmul(q, key.swapaxes(2, 3), preferred_element_type=jnp.float32)
   scores = scores + bias
   top = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
   weights = jnp.exp(scores - top)
-  y = jnp.matmul(weights.astype(v.dtype), v,
+  y = jnp.matmul(weights.astype(value.dtype), value,
                  preferred_element_type=jnp.float32)
   y = (y / jnp.sum(weights, -1, keepdims=True)).astype(query.dtype)
   y = y.reshape(b, n, g, t, c).transpose(0, 3, 1, 2, 4)

@@ -21,7 +21,10 @@ from mtp_rl.models import attention, moe
 
 
 class Cache(NamedTuple):
-  """Keys and values of all layers, float [L, B, T, N, C] each."""
+  """Keys and values of all layers, float [L, B, N, T, C] each.
+
+  So ordered, a decoding step's matmuls read them where they lie.
+  """
   key: jax.Array
   value: jax.Array
 
@@ -146,9 +149,6 @@ class Attention(nn.Module):
   def __call__(self, x, angles, rows, cache, layer, column):
     m = self.config
     channels = head_channels(m)
-    kind = 'plain'
-    if rows.columns is None:
-      kind = attention.resolve(m.attention, channels, x.shape[1], m.dtype)
     linear = functools.partial(Linear, dtype=jnp.dtype(m.dtype))
     split = lambda y, n: y.reshape(*y.shape[:2], n, channels)
     q = split(linear(m.n_heads * channels, m.qkv_bias, name='query')(x),
@@ -162,12 +162,15 @@ class Attention(nn.Module):
       k = RMSNorm(m.norm_eps, name='key_norm')(k)
     q, k = rotate(q, *angles), rotate(k, *angles)
     if cache is not None:
-      start = (layer, 0, column, 0, 0)
-      cache = Cache(*[jax.lax.dynamic_update_slice(c, y[None], start)
-                      for c, y in zip(cache, (k, v))])
-      if rows.columns is not None:
-        k, v = cache.key[layer], cache.value[layer]
-    y = attention.attend(q, k, v, rows, kind)
+      start = (layer, 0, 0, column, 0)
+      cache = Cache(*[
+          jax.lax.dynamic_update_slice(c, y.swapaxes(1, 2)[None], start)
+          for c, y in zip(cache, (k, v))])
+    if rows.columns is None:
+      kind = attention.resolve(m.attention, channels, x.shape[1], m.dtype)
+      y = attention.attend(q, k, v, rows, kind)
+    else:
+      y = attention.cached(q, cache.key[layer], cache.value[layer], rows)
     y = linear(m.d_model, name='out')(y.reshape(*x.shape[:2], -1))
     return y, cache
 
@@ -269,15 +272,15 @@ def positions_of(segments):
 
 def empty_cache(model_config, batch, length):
   """Return a zero `Cache` for `batch` rows of `length` columns."""
-  shape = (model_config.n_layers, batch, length, model_config.n_kv_heads,
+  shape = (model_config.n_layers, batch, model_config.n_kv_heads, length,
            head_channels(model_config))
   zeros = constrain_cache(jnp.zeros(shape, jnp.dtype(model_config.dtype)))
   return Cache(zeros, zeros)
 
 
 def constrain_cache(x):
-  """Constrain keys or values [L, B, T, N, C]: rows, and heads over model."""
-  return sharding.constrain(x, None, sharding.BATCH, None, 'model', None)
+  """Constrain keys or values [L, B, N, T, C]: rows, and heads over model."""
+  return sharding.constrain(x, None, sharding.BATCH, 'model', None, None)
 
 
 def head_matrix(params):
