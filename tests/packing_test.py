@@ -103,7 +103,8 @@ def test_no_token_is_lost_or_changed():
 _VARIANTS = {
     'sequential': {}, 'parallel': dict(mtp=dict(kind='parallel')),
     'microbatches': dict(rl=dict(microbatches=2)),
-    'blocks': dict(model=dict(attention='blocks'))}
+    'blocks': dict(model=dict(attention='blocks', head_chunk=5)),
+    'experts': dict(model=dict(experts=4, experts_per_token=2, expert_ff=8))}
 
 
 @functools.cache
@@ -114,7 +115,7 @@ def _scored(variant):
       mtp=dict(heads=2, **sections.pop('mtp', {})), **sections)
   batch = batches.batch(2)
   params = batches.params(2)
-  if variant == 'parallel':
+  if variant in ('parallel', 'experts'):
     params = forward.init(config, V, jax.random.key(1))
   run = jax.jit(functools.partial(forward.score, config=config, vocab_size=V,
                                   entropy=True),
