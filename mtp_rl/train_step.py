@@ -108,11 +108,14 @@ class Steps(NamedTuple):
 
   Attributes:
     init: key -> TrainState, created in its shards.
+    init_rest: key -> the same without theta, of which nothing is computed:
+      for weights from elsewhere.
     update: (state, batch) -> (state, metrics); state is donated.
     score: (params, tokens, valid) -> LogProbs with entropy and acceptance.
     abstract: TrainState of ShapeDtypeStructs with shardings.
   """
   init: Callable
+  init_rest: Callable
   update: Callable
   score: Callable
   abstract: Any
@@ -147,6 +150,10 @@ def make(config, vocab_size, mesh, phase='rl'):
                             occ.initial_state(config.mtp.heads,
                                               config.occ.lambda_plus))
 
+  def init_rest(key):
+    state = init(key)
+    return state._replace(params=tree.head(state.params))
+
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
   shardings = sharding.tree_shardings(shapes, mesh)
@@ -157,6 +164,8 @@ def make(config, vocab_size, mesh, phase='rl'):
   bound = dict(config=config, vocab_size=vocab_size)
   return Steps(
       init=jax.jit(init, out_shardings=shardings),
+      init_rest=jax.jit(init_rest, out_shardings=shardings._replace(
+          params=tree.head(shardings.params))),
       update=jax.jit(
           functools.partial(step, transform=transform, rate=rate, **bound),
           in_shardings=(shardings, rows), out_shardings=(shardings, whole),

@@ -235,7 +235,7 @@ def rl(run, warm_params, stopped):
   start = saved.latest()
   if start is None:
     # The first update donates them, unless the KL penalty needs them on.
-    state = functions.steps.init(run.key)._replace(
+    state = functions.steps.init_rest(run.key)._replace(
         params=jax.tree.map(jnp.copy, warm_params) if config.rl.kl_coef
         else warm_params)
   else:

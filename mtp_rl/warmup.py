@@ -47,12 +47,11 @@ def check(run):
 
 def _first_state(run, steps):
   """Return the state before the first update."""
-  state = steps.init(jax.random.fold_in(run.key, 1))
-  config = run.config
+  config, key = run.config, jax.random.fold_in(run.key, 1)
   if not config.model.pretrained:
-    return state
+    return steps.init(key)
+  state = steps.init_rest(key)
   fresh = state.params.get('mtp') if config.mtp.fresh else None
-  state = state._replace(params=None)  # frees the random trunk
   return state._replace(params=pretrained.load(
       config.model.pretrained, steps.abstract.params, config.model, config.mtp,
       fresh))

@@ -119,6 +119,21 @@ def test_without_warm_up_steps_the_first_checkpoint_is_the_pretrained_trunk(
           'model.embed_tokens.weight'])
 
 
+def test_a_start_from_weights_computes_no_random_trunk(folder):
+  config, rows = _config(folder), 20000  # a token table that dwarfs the rest
+  key = jax.random.key(3)
+  steps = train_step.make(config, rows, sharding.make_mesh(config.mesh),
+                          'warmup')
+  whole, rest = steps.init(key), steps.init_rest(key)
+  jax.tree.map(np.testing.assert_array_equal, rest,
+               whole._replace(params=tree.head(whole.params)))
+  table = rows * config.model.d_model * 4  # bytes
+  for function, held in ((steps.init, True), (steps.init_rest, False)):
+    used = function.lower(key).compile().memory_analysis()
+    total = used.output_size_in_bytes + used.temp_size_in_bytes
+    assert (total > table) == held
+
+
 def _convert(*flags):
   done = subprocess.run(
       [sys.executable, '-m', 'experiments.convert', *flags], text=True,
