@@ -101,8 +101,11 @@ def devices(topology):
     config.ConfigError: libtpu is not installed, or does not know the slice.
   """
   chip(topology)
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  for name, value in (  # libtpu would ask the cloud where it runs
+      ('TPU_SKIP_MDS_QUERY', '1'), ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
+      ('TPU_WORKER_HOSTNAMES', 'localhost'), ('TPU_WORKER_ID', '0'),
+      ('TPU_ACCELERATOR_TYPE', topology.split(':')[0] + '-8')):
+    os.environ.setdefault(name, value)
   from jax.experimental import topologies
   try:
     return topologies.get_topology_desc(topology, 'tpu').devices
