@@ -30,7 +30,7 @@ def training(model, objective):
   config = config_lib.Config()
   config.model, mtp = presets.model(model)
   config.model.dtype, config.model.head_chunk = 'bfloat16', 128
-  config.model.remat = 'attention'
+  config.model.remat = 'block'
   config.mtp = dataclasses.replace(config.mtp, **mtp)
   config.rl = config_lib.RL(
       steps=200, prompts=128, group=16, minibatches=4, lr=1e-6,
