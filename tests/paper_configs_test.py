@@ -53,8 +53,8 @@ GLM = {'model.n_layers': 46, 'model.n_heads': 96, 'model.n_kv_heads': 8,
        'model.router_top_groups': 1, 'model.router_scale': 1.,
        'model.norm_topk': True}
 # How it is computed, or not read by these configs: ours to choose.
-OURS = {'rl.pack', 'model.dtype', 'model.remat', 'model.attention', 'optim.mu_dtype',
-        'rollout.model', 'rollout.expert', 'model.head_chunk',
+OURS = {'rl.pack', 'model.dtype', 'model.remat', 'model.attention',
+        'optim.mu_dtype', 'rollout.model', 'rollout.expert', 'model.head_chunk',
         'model.pretrained', 'rl.microbatches', 'rl.kl_kind', 'mtp.coef',
         'mtp.head_coef', 'occ.pieces', 'occ.probe_every', 'occ.eta'}
 
