@@ -1,6 +1,7 @@
-"""Update time and memory against sequence length, batch and vocabulary.
+r"""Update time and memory against sequence length, batch and vocabulary.
 
-    python -m benchmarks.scaling --out=DIR [--rounds=5] [--cores=1]
+    python -m benchmarks.scaling --folder=DIR [--sweep_rounds=5] [--cores=1] \
+        [--sweeps=length,batch,vocabulary]
 
 One process, pinned; the shapes of a sweep are timed in turn, round by round.
 Memory is what the compiled update says of its temporaries, beside the state.
@@ -18,9 +19,12 @@ from absl import app, flags, logging
 
 from benchmarks import step
 
-_OUT = flags.DEFINE_string('out', None, 'Folder.', required=True)
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed rounds.', lower_bound=3)
-_CORES = flags.DEFINE_integer('cores', 1, 'CPU cores to pin to.', lower_bound=1)
+# --cores is that of benchmarks.step.
+_OUT = flags.DEFINE_string('folder', None, 'Folder.', required=True)
+_ROUNDS = flags.DEFINE_integer('sweep_rounds', 5, 'Timed rounds.',
+                               lower_bound=3)
+_SWEEPS = flags.DEFINE_list('sweeps', ['length', 'batch', 'vocabulary'],
+                            'What to vary.')
 
 # Sweep -> (rows, columns, vocabulary) of its updates. Lengths at one number of
 # tokens, so that time should stay but for attention, and memory too.
@@ -132,7 +136,7 @@ def _draw(results, path):
 def main(unused_argv):
   """Run the sweeps, print a table, write the JSON and the figure."""
   logging.set_verbosity(logging.WARNING)
-  cores = sorted(os.sched_getaffinity(0))[-_CORES.value:]
+  cores = sorted(os.sched_getaffinity(0))[-flags.FLAGS.cores:]
   os.sched_setaffinity(0, cores)
   import jax
 
@@ -143,7 +147,8 @@ def main(unused_argv):
     peak = step.matmul_peak()
     print('sweep      attention  rows columns  vocab  seconds    MiB  GFLOP/s'
           '  of peak')
-    for sweep, shapes in SWEEPS.items():
+    for sweep in _SWEEPS.value:
+      shapes = SWEEPS[sweep]
       for attention in ATTENTION:
         for row in _sweep(shapes, attention, mesh):
           rows.append({'sweep': sweep} | row)
