@@ -280,8 +280,8 @@ def describe(row, target):
       f'  largest array: {size / GIB:.2f} GiB {kind} {where}']
   if s.vocabulary:
     size, kind, where = s.vocabulary
-    lines.append(f'  largest with a vocabulary axis: {size / GIB:.2f} GiB '
-                 f'{kind} {where}')
+    lines.append(f'  largest with a vocabulary axis, parameters aside: '
+                 f'{size / GIB:.2f} GiB {kind} {where}')
   return '\n'.join(lines)
 
 
