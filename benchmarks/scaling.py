@@ -133,8 +133,16 @@ def _draw(results, path):
   figure.savefig(path, dpi=110)
 
 
+def _save(results):
+  os.makedirs(_OUT.value, exist_ok=True)
+  with open(os.path.join(_OUT.value, 'scaling.json'), 'w',
+            encoding='utf-8') as f:
+    json.dump(results, f, indent=1)
+  _draw(results, os.path.join(_OUT.value, 'scaling.png'))
+
+
 def main(unused_argv):
-  """Run the sweeps, print a table, write the JSON and the figure."""
+  """Run the sweeps, print a table; JSON and figure after each."""
   logging.set_verbosity(logging.WARNING)
   cores = sorted(os.sched_getaffinity(0))[-flags.FLAGS.cores:]
   os.sched_setaffinity(0, cores)
@@ -157,13 +165,8 @@ def main(unused_argv):
                 f'{row["seconds"]:8.3f} {row["temporary_mib"]:6.0f} '
                 f'{row["gflops"]:8.0f} {100 * row["gflops"] / peak:7.0f}%',
                 flush=True)
-    peak = max(peak, step.matmul_peak())
-  results = {'cores': len(cores), 'peak_gflops': peak, 'rows': rows}
-  os.makedirs(_OUT.value, exist_ok=True)
-  with open(os.path.join(_OUT.value, 'scaling.json'), 'w',
-            encoding='utf-8') as f:
-    json.dump(results, f, indent=1)
-  _draw(results, os.path.join(_OUT.value, 'scaling.png'))
+      peak = max(peak, step.matmul_peak())
+      _save({'cores': len(cores), 'peak_gflops': peak, 'rows': rows})
 
 
 if __name__ == '__main__':

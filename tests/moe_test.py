@@ -30,9 +30,12 @@ def _inputs(n=7):
               up=draw(e, d, f), down=draw(e, f, d)), draw(e)
 
 
-def _sparse(p, bias, m=M):
-  chosen, weights = moe.route(p['x'], p['router'], bias, m)
-  return moe.mixture(p['x'], chosen, weights, p['gate'], p['up'], p['down'])
+def _sparse(p, bias, m=M, dtype='float32'):
+  x = jnp.asarray(p['x'], dtype)
+  chosen, weights = moe.route(x, p['router'], bias, m)
+  masters = tuple(p[n] for n in ('gate', 'up', 'down'))
+  return moe.mixture(x, chosen, weights, tuple(
+      w.astype(x.dtype) for w in masters), masters)
 
 
 def _dense(p, bias, m=M):
@@ -76,6 +79,35 @@ def test_gradient_and_its_jvp_are_the_dense_layers():
   got, want = twice(lambda p: _sparse(p, bias)), twice(dense)
   assert all(np.abs(x).max() > .1 for x in jax.tree.leaves(want))
   batches.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('mesh', ({}, dict(fsdp=2, model=2, expert=2)))
+def test_bfloat16_experts_have_float32_gradients(mesh):
+  """Near float32 values, unrounded, and so is the jvp of the gradient."""
+  p, bias = _inputs(8)
+  p = {k: jnp.asarray(x)[..., :4, :] if k == 'down' else
+       jnp.asarray(x)[..., :4] if k in ('gate', 'up') else jnp.asarray(x)
+       for k, x in p.items()}
+  v = jax.tree.map(jnp.cos, p)
+
+  def layer(p, dtype):
+    x = p['x'].astype(dtype)
+    chosen, weights = moe.route(x, p['router'], bias, M)
+    masters = tuple(p[n] for n in ('gate', 'up', 'down'))
+    return moe._on_mesh(x, chosen, weights, tuple(
+        w.astype(dtype) for w in masters), masters)
+
+  def twice(dtype):
+    loss = lambda p: jnp.sum(jnp.sin(.1 * layer(p, dtype)))
+    with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(**mesh))):
+      return jax.jit(lambda p: jax.jvp(jax.grad(loss), (p,), (v,)))(p)
+  got, want = twice(jnp.bfloat16), twice(jnp.float32)
+  for name in ('gate', 'up', 'down'):
+    for x, y in zip(got, want, strict=True):
+      x, y = np.asarray(x[name]), np.asarray(y[name])
+      assert x.dtype == np.float32
+      assert np.abs(x - y).max() < .05 * np.abs(y).max() > 0, name
+      assert (x != x.astype(jnp.bfloat16)).any(), name
 
 
 def test_the_correction_bias_chooses_and_gets_no_gradient():
@@ -176,7 +208,8 @@ def test_hessian_vector_products_pass_the_whole_model(monkeypatch):
                              batch.valid[:1])['params']
   v = jax.tree.map(np.cos, params)
 
-  def dense(x, chosen, weights, gate, up, down, first=0):
+  def dense(x, chosen, weights, kernels, masters, first=0):
+    gate, up, down = kernels
     w = jnp.sum(jax.nn.one_hot(chosen, 4) * weights[..., None], 1)
     z = jax.nn.silu(jnp.einsum('nd,edf->nef', x, gate))
     z = z * jnp.einsum('nd,edf->nef', x, up)

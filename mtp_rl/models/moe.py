@@ -82,35 +82,88 @@ def route(x, router, bias, m):
   return chosen, weights * m.router_scale
 
 
-def mixture(x, chosen, weights, gate, up, down, first=0):
+def _product(x, kernel, master, sizes, out):
+  del master  # its value is that of kernel
+  return jax.lax.ragged_dot(x, kernel, sizes, preferred_element_type=out)
+
+
+def _forward(x, kernel, master, sizes, out):
+  return _product(x, kernel, master, sizes, out), (x, kernel, sizes)
+
+
+_BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+
+
+def _backward(out, saved, dy):
+  x, kernel, sizes = saved
+  dy = dy.astype(x.dtype)
+  return (jax.lax.ragged_dot(dy, kernel.swapaxes(1, 2), sizes),
+          jnp.zeros_like(kernel),
+          jax.lax.ragged_dot_general(x, dy, sizes, _BY_GROUP,
+                                     preferred_element_type=jnp.float32),
+          None)
+
+
+_narrow = jax.custom_vjp(_product, nondiff_argnums=(4,))
+_narrow.defvjp(_forward, _backward)
+
+
+def grouped_matmul(x, kernel, master, sizes, out):
+  """Return x W_g for each group g of rows.
+
+  Where x is narrow, the gradient goes to `master` in float32; left to
+  autodiff, it would be rounded to x's dtype before it is summed over devices.
+
+  Args:
+    x: [N, D], rows sorted by group.
+    kernel: [G, D, F], of x's dtype.
+    master: float32 [G, D, F], what kernel was cast from; never read.
+    sizes: int32 [G], rows of each group.
+    out: dtype of the result.
+
+  Returns:
+    [N, F]; rows beyond the groups are unspecified.
+  """
+  if x.dtype == master.dtype:
+    return jax.lax.ragged_dot(x, kernel, sizes, preferred_element_type=out)
+  return _narrow(x, kernel, master, sizes, out)
+
+
+def mixture(x, chosen, weights, kernels, masters, first=0):
   """Return what a run of experts add to each token.
 
   Args:
     x: [N, D], tokens.
     chosen: int32 [N, k].
     weights: float32 [N, k].
-    gate, up: [e, D, F], of the experts first .. first + e - 1.
-    down: [e, F, D].
+    kernels: gate and up, [e, D, F], and down, [e, F, D], of the experts
+      first .. first + e - 1, of x's dtype.
+    masters: the same in float32, see `grouped_matmul`.
     first: int32 [].
 
   Returns:
     float32 [N, D]; 0 for tokens that chose none of these experts.
   """
-  count, k = gate.shape[0], chosen.shape[1]
+  count, k = kernels[0].shape[0], chosen.shape[1]
   local = chosen.reshape(-1) - first
   local = jnp.where((local >= 0) & (local < count), local, count)
   order = jnp.argsort(local)  # those of other experts come last
   sizes = jnp.bincount(local, length=count + 1)[:count].astype(jnp.int32)
-  dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-  rows = x[order // k]
-  y = dot(jax.nn.silu(dot(rows, gate)) * dot(rows, up), down,
-          preferred_element_type=jnp.float32)
-  y = jnp.where((local < count)[order, None], y, 0.)
+  gate, up, down = (functools.partial(
+      grouped_matmul, kernel=w, master=m, sizes=sizes)
+                    for w, m in zip(kernels, masters))
+  inside = (local < count)[order, None]  # else unspecified, backward too
+  rows = jnp.where(inside, x[order // k], 0)
+  y = down(jax.nn.silu(gate(rows, out=x.dtype)) * up(rows, out=x.dtype),
+           out=jnp.float32)
+  y = jnp.where(inside, y, 0.)
   y = y * weights.reshape(-1)[order, None]
   return jnp.zeros(x.shape, jnp.float32).at[order // k].add(y)
 
 
-def _on_mesh(x, chosen, weights, gate, up, down):
+def _on_mesh(x, chosen, weights, kernels, masters):
   """Run `mixture` with each device's own experts; see it for the arguments.
 
   Experts live on 'expert', their inner width on 'model'. The tokens of the
@@ -118,27 +171,33 @@ def _on_mesh(x, chosen, weights, gate, up, down):
   summed back to where the tokens came from.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  whole = functools.partial(mixture, x, chosen, weights, gate, up, down)
+  whole = functools.partial(mixture, x, chosen, weights, kernels, masters)
   if mesh.empty or mesh.size == 1:
     return whole()
   if (x.shape[0] % sharding.batch_size(mesh)
-      or gate.shape[0] % mesh.shape['expert']
-      or gate.shape[2] % mesh.shape['model']):
+      or kernels[0].shape[0] % mesh.shape['expert']
+      or kernels[0].shape[2] % mesh.shape['model']):
     return whole()  # what does not divide is left to the compiler
 
-  def local(x, chosen, weights, gate, up, down):
+  vary = lambda x, *axes: jax.lax.pcast(x, axes, to='varying')
+  alone = tuple(a for a in sharding.BATCH if a != 'expert')
+
+  def local(x, chosen, weights, kernels, masters):
     meet = lambda y: jax.lax.all_gather(y, 'expert', tiled=True)
-    y = mixture(meet(x), meet(chosen), meet(weights), gate, up, down,
-                jax.lax.axis_index('expert') * gate.shape[0])
+    # Gradients are summed over the devices that an argument is whole on.
+    kernels, masters = jax.tree.map(lambda w: vary(w, *alone),
+                                    (kernels, masters))
+    y = mixture(vary(meet(x), 'model'), meet(chosen), meet(weights), kernels,
+                masters, jax.lax.axis_index('expert') * kernels[0].shape[0])
     y = jax.lax.psum(y, 'model')
     return jax.lax.psum_scatter(y, 'expert', tiled=True)
 
   tokens = P(sharding.BATCH)
   wide = P('expert', None, 'model')
+  each = wide, wide, P('expert', 'model')
   return jax.shard_map(
-      local, in_specs=(tokens, tokens, tokens, wide, wide,
-                       P('expert', 'model')), out_specs=tokens)(
-                           x, chosen, weights, gate, up, down)
+      local, in_specs=(tokens, tokens, tokens, each, each),
+      out_specs=tokens)(x, chosen, weights, kernels, masters)
 
 
 class _Matrices(nn.Module):
@@ -182,13 +241,13 @@ class Experts(nn.Module):
     e, d, f = m.experts, m.d_model, m.expert_ff
     flat = x.reshape(-1, d).astype(jnp.dtype(m.dtype))
     chosen, weights = route(flat, *_Router((d, e), name='router')(), m)
-    kernels = [_Matrices(shape, name=name)().astype(flat.dtype)
-               for name, shape in (('gate', (e, d, f)), ('up', (e, d, f)),
-                                   ('down', (e, f, d)))]
+    masters = tuple(_Matrices(shape, name=name)() for name, shape in (
+        ('gate', (e, d, f)), ('up', (e, d, f)), ('down', (e, f, d))))
+    kernels = tuple(w.astype(flat.dtype) for w in masters)
     if self.is_mutable_collection(LOAD) and not self.is_initializing():
       taken = jax.nn.one_hot(chosen, e, dtype=jnp.int32).sum(1)
       taken = taken.reshape(*x.shape[:2], e) * valid[..., None]
       self.sow(LOAD, 'tokens', taken.sum(1), reduce_fn=lambda _, y: y,
                init_fn=lambda: None)
-    y = _on_mesh(flat, chosen, weights, *kernels)
+    y = _on_mesh(flat, chosen, weights, kernels, masters)
     return y.reshape(x.shape).astype(x.dtype)
