@@ -30,8 +30,9 @@ def _variants():
   from mtp_rl.objectives import logprobs
 
   def no_attention(query, key, value, rows, kind='plain'):
-    del key, rows, kind
-    return jnp.repeat(value, query.shape[2] // value.shape[2], 2) + 0 * query
+    del rows, kind
+    wide = lambda x: jnp.repeat(x, query.shape[2] // x.shape[2], 2)
+    return wide(value) + 0 * query + 0 * wide(key)  # all projections stay
 
   def no_softmax(self, states, detach=False):
     del detach

@@ -5,8 +5,9 @@ r"""Update time and memory against sequence length, batch and vocabulary.
 
 One process, pinned; the shapes of a sweep are timed in turn, round by round.
 Memory is what the compiled update says of its temporaries, beside the state.
-FLOPs are those of forward and backward without recomputation, over the matmul
-peak of the same process. Writes DIR/scaling.json and DIR/scaling.png.
+FLOPs are those of forward and backward without recomputation, of the scores
+that are computed (about 5/8 in blocks), over the matmul peak of the same
+process. Writes DIR/scaling.json and DIR/scaling.png.
 """
 
 import json
@@ -33,7 +34,6 @@ SWEEPS = {
     'batch': [(rows, 512, 256) for rows in (2, 4, 8, 16, 32)],
     'vocabulary': [(8, 512, v) for v in (256, 2048, 16384, 65536)],
 }
-AXIS = {'length': 1, 'batch': 0, 'vocabulary': 2}
 ATTENTION = ('blocks', 'plain')
 
 
@@ -64,6 +64,15 @@ def _batch(rows, columns, vocab):
       logp(rows, answer, 1), logp(rows, answer), logp(rows, answer))
 
 
+def _scores(attention, columns):
+  """Return the share of all T x T scores that a form computes."""
+  from mtp_rl.models import attention as lib
+  if attention == 'plain':
+    return 1.
+  n = -(-columns // lib.BLOCK)
+  return sum((last - first) * last for first, last in lib._parts(n)) / n ** 2
+
+
 def _prepare(shape, attention, mesh):
   """Return the row of a shape without its seconds, and how to run it."""
   import jax
@@ -80,7 +89,8 @@ def _prepare(shape, attention, mesh):
          'attention': attention,
          'temporary_mib': memory.temp_size_in_bytes / 2 ** 20,
          'logits_mib': rows * columns * vocab * 4 / 2 ** 20,
-         'flops': step.update_flops(state.params, config, rows, vocab)}
+         'flops': step.update_flops(state.params, config, rows, vocab,
+                                    _scores(attention, columns))}
   return row, compiled, [state], batch
 
 

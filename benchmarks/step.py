@@ -88,18 +88,19 @@ def matmul_peak(size=2048, repeats=12):
   return 2 * size ** 3 / min(seconds) / 1e9
 
 
-def update_flops(params, config, rows, vocab):
+def update_flops(params, config, rows, vocab, scores=1.):
   """Return the FLOPs of forward and backward, without recomputation.
 
   6 per weight of a matmul and token (the output head on S of T columns, once
   for the main head and once a MTP head), and 12 T D per token and block for
-  attention, whole T x T scores.
+  attention, times the share of its T x T scores that is computed.
 
   Args:
     params: the model's parameters (those of frozen modules do not count).
     config: `config.Config`.
     rows: sequences of a minibatch.
     vocab: V.
+    scores: that share.
   """
   import jax
   response = config.rollout.max_response
@@ -111,7 +112,7 @@ def update_flops(params, config, rows, vocab):
   blocks = config.model.n_layers + heads
   head = vocab * config.model.d_model * (1 + heads) * response / columns
   return rows * columns * (6 * (weights + head) +
-                   12 * columns * config.model.d_model * blocks)
+                   12 * scores * columns * config.model.d_model * blocks)
 
 
 def _sampler_rate(config, params, mesh):

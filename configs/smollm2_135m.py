@@ -44,11 +44,11 @@ def get_config(presets_='dapo'):
                                 max_terms=2, largest=20, held_out=64,
                                 prefix='{} =')
   config.rollout = config_lib.Rollout(max_prompt=77, max_response=14)
-  config.warmup = config_lib.Warmup(steps=180, batch=12, lr=2e-4, train='mtp',
-                                    data='samples', pool=6, pool_steps=45)
-  config.rl = config_lib.RL(steps=22, prompts=6, group=4, minibatches=2,
-                            lr=1.2e-4)
-  config.eval = config_lib.Eval(every=16, samples=1, batch=64)
+  config.warmup = config_lib.Warmup(steps=360, batch=12, lr=2e-4, train='mtp',
+                                    data='samples', pool=12, pool_steps=45)
+  config.rl = config_lib.RL(steps=28, prompts=6, group=4, minibatches=2,
+                            lr=6e-5)
+  config.eval = config_lib.Eval(every=14, samples=1, batch=64)
   config.optim = config_lib.Optim(weight_decay=0., warmup=160)
-  config.run = config_lib.Run(checkpoint_every=16)
+  config.run = config_lib.Run(checkpoint_every=20)
   return config_lib.preset(config, presets_)

@@ -7,9 +7,10 @@ r"""Compile a config's real programs for a TPU slice, without the slice.
 Prints what each program needs of one chip and writes DIR/compile_for.json;
 exits with 1 where one does not fit. Programs are the update of a regime
 (`rl_only`, `detach`, `ce`, `policy`, `occ`, with an estimator behind a colon:
-`occ:exact`), the sampler's `prefill`, `decode` and whole `rollout`, and
-`reshard`, which moves the parameters to the sampler's layout (with
---config.rollout.model).
+`occ:exact`), the log-probs of a minibatch of samples, `score`, the sampler's
+`prefill`, `decode` and whole `rollout`, and `reshard`, which moves the
+parameters to the sampler's layout (with --config.rollout.model). What of the
+state stays on the chip beside a program counts as well.
 """
 
 import os
@@ -22,7 +23,8 @@ from experiments import launch
 CONFIG = launch.define_config()
 TOPOLOGY = flags.DEFINE_string('topology', 'v5p:4x4x4', 'Slice to compile for.')
 PROGRAMS = flags.DEFINE_list(
-    'programs', ['rl_only', 'detach', 'policy', 'occ', 'prefill', 'decode'],
+    'programs', ['rl_only', 'detach', 'policy', 'occ', 'score', 'prefill',
+                 'decode'],
     'What to compile.')
 
 
@@ -30,14 +32,14 @@ def main():
   """Compile, print the table, write the JSON."""
   from mtp_rl import aot, checkpoint, metrics
   checkpoint.prepare_workdir(launch.WORKDIR.value)
+  path = os.path.join(launch.WORKDIR.value, 'compile_for.json')
   target, rows = aot.chip(TOPOLOGY.value), []
   for row in aot.compile_all(CONFIG.value, TOPOLOGY.value, PROGRAMS.value):
     rows.append(row)
     print(aot.describe(row, target), flush=True)
+    metrics.write_json(path, [aot.to_dict(row, target) for row in rows])
   print()
   print(aot.table(rows, CONFIG.value, TOPOLOGY.value))
-  metrics.write_json(os.path.join(launch.WORKDIR.value, 'compile_for.json'),
-                     [aot.to_dict(row, target) for row in rows])
   if not all(aot.fits(row, target) for row in rows):
     sys.exit(1)
 

@@ -5,6 +5,7 @@ of memory is what a chip would need, and its text what a chip would run.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import time
@@ -65,7 +66,9 @@ class Row(NamedTuple):
     tokens: that one call reads, all chips together.
     error: None, or why it could not be compiled.
     seconds: of compilation.
-    arguments, temporaries, peak: bytes.
+    arguments, temporaries: bytes.
+    beside: bytes of the run's state that are no arguments, and stay.
+    peak: bytes of all that lies on the chip.
     summary: `hlo.Summary`.
     bounds: seconds by the chip's FLOP/s, bandwidth and links.
   """
@@ -75,6 +78,7 @@ class Row(NamedTuple):
   seconds: float
   arguments: float = math.nan
   temporaries: float = math.nan
+  beside: float = math.nan
   peak: float = math.nan
   summary: hlo.Summary | None = None
   bounds: dict | None = None
@@ -120,13 +124,16 @@ def devices(topology):
 def _batch(config, rows, mesh):
   """Return an abstract minibatch in its shards."""
   r, s = config.rollout.max_prompt, config.rollout.max_response
+  packed = config.rl.pack  # at worst into as many rows; all columns score
+  scored = r + s if packed else s
   put = lambda shape, dtype: jax.ShapeDtypeStruct(
       shape, dtype, sharding=sharding.batch_sharding(mesh))
-  logp = put((rows, s), jnp.float32)
+  logp = put((rows, scored), jnp.float32)
   return types.RolloutBatch(
-      put((rows, r + s), jnp.int32), put((rows, r + s), bool),
-      put((rows, s), bool), logp, logp,
-      put((rows, s, config.mtp.heads), jnp.float32), logp, logp)
+      put((rows, r + s), jnp.int32),
+      put((rows, r + s), jnp.int32 if packed else bool),
+      put((rows, scored), bool), logp, logp,
+      put((rows, scored, config.mtp.heads), jnp.float32), logp, logp)
 
 
 def update(config, vocab_size, mesh):
@@ -136,6 +143,17 @@ def update(config, vocab_size, mesh):
   lowered = steps.update.lower(steps.abstract, _batch(config, rows, mesh))
   columns = config.rollout.max_prompt + config.rollout.max_response
   return lowered, rows * columns
+
+
+def score(config, vocab_size, mesh):
+  """Return (lowered, tokens) of the log-probs of one minibatch of samples."""
+  rows = config.rl.prompts // config.rl.minibatches * config.rl.group
+  steps = train_step.make(config, vocab_size, mesh)
+  plain = dataclasses.replace(
+      config, rl=dataclasses.replace(config.rl, pack=False))
+  batch = _batch(plain, rows, mesh)
+  return steps.score.lower(steps.abstract.params, batch.tokens,
+                           batch.valid), math.prod(batch.tokens.shape)
 
 
 def rollout(name, config, vocab_size, mesh):
@@ -181,25 +199,65 @@ def rollout(name, config, vocab_size, mesh):
             shape[0] * group * config.rollout.max_response)
 
 
-def _program(name, config, vocab_size, mesh):
-  """Return (lowered, tokens, config) of a program's name."""
-  if name == 'reshard':
-    params = train_step.make(config, vocab_size, mesh).abstract.params
-    move = layout.mover(params, config, mesh)
-    if move is None:
-      raise config_lib.ConfigError(
-          'program reshard moves parameters to the sampling layout, but '
-          'rollout.model=0; set it, or leave the program out')
-    return move.lower(params), 0, config
-  if name in ('prefill', 'decode', 'rollout'):
-    return *rollout(name, config, vocab_size, mesh), config
+SAMPLING = ('prefill', 'decode', 'rollout')
+
+
+def resolve(name, config):
+  """Return the config that a program's name stands for.
+
+  Args:
+    name: see experiments/compile_for.py.
+    config: `config.Config`.
+
+  Raises:
+    config.ConfigError: there is no such program, or the config has none.
+  """
+  if name == 'reshard' and not (config.rollout.model or config.rollout.expert):
+    raise config_lib.ConfigError(
+        'program reshard moves parameters to the sampling layout, but '
+        'rollout.model=0; set it, or leave the program out')
+  if name in (*SAMPLING, 'reshard', 'score'):
+    return config
   regime, _, estimator = name.partition(':')
+  if regime not in config_lib.REGIMES:
+    raise config_lib.ConfigError(
+        f'program {name!r} is unknown; choose a regime '
+        f'({", ".join(config_lib.REGIMES)}), occ:ESTIMATOR, '
+        f'{", ".join(SAMPLING)}, score or reshard')
+  if regime != 'occ' and not estimator:
+    estimator = 'logprob'  # the config's is that of its own regime
   config = dataclasses.replace(
       config, mtp=dataclasses.replace(config.mtp, regime=regime),
       occ=dataclasses.replace(
           config.occ, estimator=estimator or config.occ.estimator))
   validate.validate(config)
-  return *update(config, vocab_size, mesh), config
+  return config
+
+
+def _shard_bytes(tree_):
+  """Return the bytes of a tree of ShapeDtypeStructs on one device."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+             for x in jax.tree.leaves(tree_))
+
+
+def _program(name, config, vocab_size, mesh):
+  """Return what `compile_row` needs of a program: lowered to beside."""
+  state = train_step.make(config, vocab_size, mesh).abstract
+  params = state.params
+  resident = _shard_bytes(state) + (
+      _shard_bytes(params) if config.rl.kl_coef else 0)
+  if name in SAMPLING:
+    read = layout.abstract(params, config, mesh)
+    beside = resident - (_shard_bytes(params) if read is params else 0)
+    return *rollout(name, config, vocab_size, mesh), read, beside
+  if name == 'reshard':
+    move = layout.mover(params, config, mesh)
+    return move.lower(params), 0, params, resident - _shard_bytes(params)
+  if name == 'score':
+    return *score(config, vocab_size, mesh), params, (
+        resident - _shard_bytes(params))
+  return *update(config, vocab_size, mesh), params, (
+      resident - _shard_bytes(state))
 
 
 def compile_all(config, topology, programs):
@@ -219,24 +277,38 @@ def compile_all(config, topology, programs):
     raise config_lib.ConfigError(
         'model.vocab_size=0 stands for the tokenizer\'s, which is not read '
         'here; set model.vocab_size')
+  configs = [resolve(name, config) for name in programs]
   mesh = sharding.make_mesh(config.mesh, devices(topology))
-  for name in programs:
+  for name, used in zip(programs, configs):
     with jax.set_mesh(mesh):
-      lowered, tokens, used = _program(name, config, v, mesh)
-      params = train_step.make(used, v, mesh).abstract.params
-    yield compile_row(name, lowered, tokens, chip(topology), v, params)
+      program = _program(name, used, v, mesh)
+    yield compile_row(name, *program, chip(topology), v)
 
 
-def compile_row(name, lowered, tokens, target, vocab_size, params):
+def _known_shapes(params, vocab_size):
+  """Return the sizes of a vocabulary axis, and `hlo.folded` parameters.
+
+  Of both those of the whole and those on one device, axis by axis.
+  """
+  vocabularies, known = {vocab_size}, set()
+  for x in jax.tree.leaves(params):
+    axes = list(zip(x.shape, x.sharding.shard_shape(x.shape)))
+    vocabularies |= {local for whole, local in axes if whole == vocab_size}
+    known |= set(map(hlo.folded, itertools.product(*axes)))
+  return vocabularies, known
+
+
+def compile_row(name, lowered, tokens, params, beside, target, vocab_size):
   """Compile a program and return its `Row`.
 
   Args:
     name: of the program.
-    lowered: from `update` or `rollout`.
+    lowered: from `update`, `score` or `rollout`.
     tokens: that it reads.
+    params: abstract parameters that it reads.
+    beside: bytes on a chip that are no arguments of it.
     target: `Chip`.
-    vocab_size: V on one device.
-    params: abstract parameters.
+    vocab_size: V.
   """
   start = time.perf_counter()
   try:
@@ -246,20 +318,21 @@ def compile_row(name, lowered, tokens, target, vocab_size, params):
     return Row(name, tokens, first[:300], time.perf_counter() - start)
   seconds = time.perf_counter() - start
   m = compiled.memory_analysis()
-  sizes = {x.size for x in jax.tree.leaves(params)}
   try:
-    summary = hlo.summarise(compiled.as_text(), vocab_size, sizes)
+    summary = hlo.summarise(compiled.as_text(),
+                            *_known_shapes(params, vocab_size))
   except jax.errors.JaxRuntimeError as e:  # a newer libtpu than jaxlib
     return Row(name, tokens, f'compiled, but its text cannot be read: {e}'[
         :300], seconds)
   moved = (m.argument_size_in_bytes + m.output_size_in_bytes
            - m.alias_size_in_bytes)
-  peak = moved + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+  peak = (moved + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+          + beside)
   bounds = {'FLOP/s': summary.flops / target.flops,
             'memory': moved / target.bandwidth,
             'links': sum(summary.collectives.values()) / target.links}
   return Row(name, tokens, None, seconds, m.argument_size_in_bytes,
-             m.temp_size_in_bytes, peak, summary, bounds)
+             m.temp_size_in_bytes, beside, peak, summary, bounds)
 
 
 def fits(row, target):
@@ -278,10 +351,9 @@ def describe(row, target):
       f'{row.peak / GIB:.2f} of {target.memory / GIB:.0f} GiB, '
       + ('fits' if fits(row, target) else 'DOES NOT FIT'),
       f'  largest array: {size / GIB:.2f} GiB {kind} {where}']
-  if s.vocabulary:
-    size, kind, where = s.vocabulary
-    lines.append(f'  largest with a vocabulary axis, parameters aside: '
-                 f'{size / GIB:.2f} GiB {kind} {where}')
+  size, kind, where = s.vocabulary or (0, 'none', '')
+  lines.append(f'  largest with a vocabulary axis, parameters aside: '
+               f'{size / GIB:.2f} GiB {kind} {where}'.rstrip())
   return '\n'.join(lines)
 
 
@@ -296,19 +368,20 @@ def table(rows, config, topology):
       f'{topology}, mesh {dataclasses.asdict(config.mesh)}: {count:,} '
       f'parameters, {head:,} of them in MTP modules; numbers of one chip',
       '', '| program | tokens | compile s | arguments GiB | temporaries GiB | '
-      'peak GiB | PFLOP | collectives GiB | at least, s |',
-      '|' + '---|' * 9]
+      'beside GiB | peak GiB | PFLOP | collectives GiB | at least, s |',
+      '|' + '---|' * 10]
   for row in rows:
     if row.error:
       lines.append(f'| {row.name} | {row.tokens} | {row.seconds:.0f} | '
-                   f'{row.error} |' + ' |' * 5)
+                   f'{row.error} |' + ' |' * 6)
       continue
     moved = ', '.join(f'{k} {g(v)}' for k, v in sorted(
         row.summary.collectives.items())) or '0'
     slowest = max(row.bounds, key=row.bounds.get)
     lines.append(
         f'| {row.name} | {row.tokens} | {row.seconds:.0f} | '
-        f'{g(row.arguments)} | {g(row.temporaries)} | {g(row.peak)} | '
+        f'{g(row.arguments)} | {g(row.temporaries)} | {g(row.beside)} | '
+        f'{g(row.peak)} | '
         f'{row.summary.flops / 1e15:.4f} | {moved} | '
         f'{row.bounds[slowest]:.4f} ({slowest}) |')
   return '\n'.join(lines)

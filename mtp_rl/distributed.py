@@ -9,6 +9,8 @@ all write. With one process nothing is sent and nothing changes.
 
 import contextlib
 import json
+import socket
+import time
 import zlib
 
 import jax
@@ -17,9 +19,10 @@ from jax.experimental import multihost_utils
 
 from mtp_rl import config as config_lib
 
-# After these seconds without a sign of life a process is taken for dead, and
-# the others end; so do they where one waits in vain for them at the end.
+# Seconds without a sign of life until a process is taken for dead, and the
+# others end; and that one waits for the others at the end.
 HEARTBEAT_S = 60
+CONNECT_S = 240  # that process 0 may take to listen
 SHUTDOWN_S = 30
 _MESSAGE = 1000  # bytes of an error that the processes tell each other
 
@@ -34,8 +37,11 @@ def initialize(coordinator=None, processes=None, process=None):
     process: index of this one, from 0.
 
   Raises:
-    config.ConfigError: they do not find each other.
+    config.ConfigError: they do not find each other. (Where others never come,
+      JAX's runtime aborts the process that waits, after five minutes.)
   """
+  if coordinator is not None:
+    _reach(coordinator, process)
   # Its handler would swallow SIGTERM outside the loop, which has its own.
   jax.config.update('jax_enable_preemption_service', False)
   try:
@@ -48,6 +54,30 @@ def initialize(coordinator=None, processes=None, process=None):
         f'the processes of the run do not find each other ({first}); where the '
         'cluster does not say, set --coordinator=HOST:PORT, --processes and '
         '--process') from e
+
+
+def _reach(coordinator, process):
+  """Wait until process 0 listens: JAX's own client would abort in the end.
+
+  Raises:
+    config.ConfigError: it does not, or its address is none.
+  """
+  host, _, port = coordinator.rpartition(':')
+  if not host or not port.isdecimal():
+    raise config_lib.ConfigError(
+        f'--coordinator={coordinator} is no address; set HOST:PORT of process '
+        '0')
+  deadline = time.monotonic() + CONNECT_S
+  while process:
+    try:
+      socket.create_connection((host.strip('[]'), int(port)), 5).close()
+      return
+    except (OSError, OverflowError) as e:
+      if time.monotonic() > deadline:
+        raise config_lib.ConfigError(
+            f'nobody listens at --coordinator={coordinator} ({e}); start '
+            'process 0 there, and name a host that this one reaches') from e
+    time.sleep(.5)
 
 
 def count():

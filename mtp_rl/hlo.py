@@ -49,7 +49,7 @@ class Summary(NamedTuple):
     collectives: dict, kind -> bytes that one device sends in or takes out.
     largest: (bytes, type, where) of the largest array that is computed.
     vocabulary: the same of those with an axis of the vocabulary's size that
-      are no gradient or copy of a parameter; None where there is none.
+      have not a parameter's shape; None where there is none.
   """
   flops: float
   collectives: dict
@@ -188,14 +188,19 @@ def _kernel(instruction, operands):
 _FLOPS = {'dot': _dot, 'convolution': _convolution, 'custom-call': _kernel}
 
 
-def _collective(instruction, owner):
-  """Return the kind of a collective and its bytes, or None and 0."""
+def _collective(instruction, owner, operands):
+  """Return the kind of a collective and its bytes, or None and 0.
+
+  The bytes are those of the whole: what is gathered, reduced, or scattered.
+  """
   for kind in COLLECTIVES:
     if instruction.opcode == f'{kind}-start' and kind != 'all-reduce':
       # (operand, result, ...): what is gathered or moved.
       return kind, max(_BYTES[k] * math.prod(dims)
                        for k, dims in shapes(instruction.type))
     if instruction.opcode in (kind, f'{kind}-start'):
+      if kind == 'reduce-scatter':
+        return kind, sum(_BYTES[k] * math.prod(dims) for k, dims in operands())
       scattered = kind == 'all-reduce' and 'all-reduce-scatter' in owner
       return 'reduce-scatter' if scattered else kind, size(instruction.type)
   return None, 0
@@ -207,13 +212,18 @@ def where(instruction):
   return found[1] if found else instruction.name
 
 
-def summarise(text, vocab_size=0, parameters=()):
+def folded(dims):
+  """Return a shape without axes of one and their order, as a tuple."""
+  return tuple(sorted(d for d in dims if d != 1))
+
+
+def summarise(text, vocabularies=frozenset(), parameters=frozenset()):
   """Return the `Summary` of a compiled program.
 
   Args:
     text: the optimised module's.
-    vocab_size: V on one device, 0 to leave it out.
-    parameters: numbers of elements that an array of a parameter may have.
+    vocabularies: sizes of a vocabulary axis, whole and on one device.
+    parameters: `folded` shapes of parameters, their gradients and copies.
   """
   computations, entry = parse(text)
   times = counts(computations, entry)
@@ -229,7 +239,8 @@ def summarise(text, vocab_size=0, parameters=()):
     for i in instructions:
       if i.opcode in _FLOPS:
         flops += times[name] * _FLOPS[i.opcode](i, _operands(i, types))
-      kind, bytes_ = _collective(i, name)
+      kind, bytes_ = _collective(
+          i, name, lambda i=i, types=types: _operands(i, types))
       if kind:
         collectives[kind] += times[name] * bytes_
       if name in fused or i.opcode in _NO_ARRAY or i.opcode.endswith('-done'):
@@ -238,6 +249,7 @@ def summarise(text, vocab_size=0, parameters=()):
         entry_ = (_BYTES[dtype] * math.prod(dims),
                   f'{dtype}[{",".join(map(str, dims))}]', where(i))
         largest = max(largest, entry_)
-        if vocab_size in dims and math.prod(dims) not in parameters:
+        if (not vocabularies.isdisjoint(dims)
+            and folded(dims) not in parameters):
           vocabulary = max(vocabulary or entry_, entry_)
   return Summary(flops, dict(collectives), largest, vocabulary)

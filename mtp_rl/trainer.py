@@ -205,7 +205,12 @@ def prepare(run):
   rows = sharding.batch_sharding(run.mesh)
 
   def score(params, *tokens):
-    return steps.score(params, *distributed.put(tokens, rows))
+    """Score as many rows at a time as an update reads, in its memory."""
+    cut = [np.split(x, config.rl.minibatches) for x in tokens]
+    out = [steps.score(params, *distributed.put(part, rows))
+           for part in zip(*cut)]
+    return jax.tree.map(lambda *x: np.concatenate(x), *map(
+        distributed.fetch, out))
 
   def collect(params, reference, step):
     return experience.collect(

@@ -2,9 +2,10 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 
-from mtp_rl import aot
+from mtp_rl import aot, sharding
 from mtp_rl import config as config_lib
 from tests import conftest
 
@@ -27,7 +28,7 @@ def _rows():
   pytest.importorskip('libtpu')
   config = _config()
   return {row.name: row for row in aot.compile_all(
-      config, TOPOLOGY, ['occ', 'decode', 'reshard'])}
+      config, TOPOLOGY, ['occ', 'score', 'decode', 'reshard'])}
 
 
 def test_a_small_config_compiles_for_a_tpu(rows):
@@ -52,6 +53,47 @@ def test_no_array_of_tokens_times_vocabulary_for_a_tpu(rows):
   size, kind, where = rows['occ'].summary.vocabulary
   tokens = rows['occ'].tokens / 4
   assert size <= 4 * tokens * V / 4, (kind, where)
+
+
+def test_whole_logits_are_found_where_the_vocabulary_is_split():
+  pytest.importorskip('libtpu')
+  config = _config()
+  config.mesh.fsdp, config.mesh.model, config.rollout.model = 2, 2, 0
+  config.model.head_chunk = 0
+  row, = aot.compile_all(config, TOPOLOGY, ['rl_only'])
+  size, kind, _ = row.summary.vocabulary
+  rows = row.tokens // 256 // 2  # on a chip
+  assert str(V // 2) in kind and size >= 2 * rows * 128 * V / 2
+
+
+def test_the_state_beside_a_program_counts(rows):
+  config = _config()
+  moments = 3 * 4 * sum(
+      n for n in [2 * V * 256, 3 * (4 * 256 * 256 + 3 * 256 * 384), 512 * 256])
+  assert rows['occ'].beside == 0 < rows['score'].beside < moments / 4
+  assert moments / 4 < rows['decode'].beside < 1.1 * moments / 4
+  assert config.rl.kl_coef == 0
+
+
+def test_all_names_are_checked_before_the_first_is_compiled():
+  config = _config(mtp=dict(regime='occ'), occ=dict(estimator='readout'))
+  assert aot.resolve('occ', config).occ.estimator == 'readout'
+  assert aot.resolve('detach', config).occ.estimator == 'logprob'
+  with pytest.raises(config_lib.ConfigError, match="'ooc' is unknown"):
+    aot.resolve('ooc', config)
+  with pytest.raises(config_lib.ConfigError, match='choose a regime'):
+    aot.resolve('prefill:exact', config)
+  config.rollout.model = 0
+  with pytest.raises(config_lib.ConfigError, match='leave the program out'):
+    aot.resolve('reshard', config)
+
+
+def test_a_packed_update_reads_segments():
+  config = _config(rl=dict(pack=True))
+  mesh = sharding.make_mesh(config_lib.Mesh(fsdp=4))
+  batch = aot._batch(config, 8, mesh)
+  assert batch.valid.dtype == jnp.int32
+  assert batch.mask.shape == batch.tokens.shape == (8, 256)
 
 
 def test_a_decoding_step_gathers_no_parameters(rows):

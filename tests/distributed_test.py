@@ -18,26 +18,37 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_rl import checkpoint, metrics, scoring, sharding, train_step, trainer
+from mtp_rl import (
+  checkpoint,
+  distributed,
+  metrics,
+  scoring,
+  sharding,
+  train_step,
+  trainer,
+)
 from mtp_rl import config as config_lib
 from tests import conftest
 
 ROOT = pathlib.Path(__file__).parent.parent
-KINDS = {  # model, mesh, updates of the warm-up
-    'dense': (dict(remat='none'), dict(data=2, fsdp=2, model=2), 0),
+KINDS = {  # model, mesh, updates of the warm-up, other settings
+    'dense': (dict(remat='none'), dict(data=2, fsdp=2, model=2), 0,
+              dict(rollout=dict(model=4))),
     'moe': (dict(remat='none', n_layers=1, experts=4, experts_per_token=2,
-                 expert_ff=16), dict(data=2, fsdp=2, expert=2), 2)}
+                 expert_ff=16), dict(data=2, fsdp=2, expert=2), 2,
+            dict(rl=dict(pack=True)))}
 # Rounding errors themselves: before the first update of a step the policy has
 # not moved, so that delta_RL, whose direction the cosines are of, is 0.
 NOISE = ('rollout/logprob_gap_max', 'occ/cos', 'occ/logprob/cos')
 
 
 def _config(kind, mesh=None):
-  model, many, warmup = KINDS[kind]
+  model, many, warmup, more = KINDS[kind]
   return conftest.tiny_config(
       model=model, mesh=many if mesh is None else mesh,
       rl=dict(steps=3, kl_coef=.01, tis_cap=2., dynamic_sampling=1,
-              overlong_buffer=3),
+              overlong_buffer=3) | more.get('rl', {}),
+      rollout={} if mesh == {} else more.get('rollout', {}),
       warmup=dict(steps=warmup), eval=dict(every=3),
       run=dict(checkpoint_every=1, keep=9))
 
@@ -284,6 +295,16 @@ def test_what_processes_tell_each_other(slurm):
     assert err.strip() == 'error: the second found a fault'
   assert 'agreed' in done[0][1] and 'agreed' not in done[1][1]
   assert time.monotonic() - start < 60
+
+
+def test_a_coordinator_that_is_not_there_is_one_sentence(monkeypatch):
+  with pytest.raises(config_lib.ConfigError, match='no address; set HOST:PORT'):
+    distributed.initialize('nonsense', 2, 1)
+  monkeypatch.setattr(distributed, 'CONNECT_S', 0)
+  with socket.socket() as s:
+    s.bind(('localhost', 0))  # bound, but nobody listens
+    with pytest.raises(config_lib.ConfigError, match='nobody listens at'):
+      distributed.initialize(f'localhost:{s.getsockname()[1]}', 2, 1)
 
 
 def test_processes_of_another_command_are_refused(tmp_path):

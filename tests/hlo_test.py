@@ -64,14 +64,16 @@ ENTRY %main (q.1: bf16[2,512,512,1], q.3: f32[64,9,32]) -> (f32[64,9,5]) {
 
 
 def test_matmuls_that_a_tpu_writes_as_convolutions():
-  got = hlo.summarise(_TPU, vocab_size=9)
+  got = hlo.summarise(_TPU, {9})
   assert got.flops == 2 * 1024 * 512 * 512 + 2 * 64 * 9 * 32 * 5
   assert got.largest == (2 * 2 * 512 * 4 * 128, 'bf16[2,512,4,128]', 'jit(f)/b')
   assert got.vocabulary == (4 * 64 * 9 * 5, 'f32[64,9,5]', 'jit(f)/c')
+  assert hlo.summarise(_TPU, {9}, {(5, 9, 64)}).vocabulary is None
 
 
 @pytest.mark.parametrize('kind, bytes_', [
-    ('all-gather', 4 * N * D), ('all-reduce', 4 * N * D)])
+    ('all-gather', 4 * N * D), ('all-reduce', 4 * N * D),
+    ('reduce-scatter', 4 * 8 * N * D)])
 def test_bytes_of_collectives(kind, bytes_):
   mesh = sharding.make_mesh(config_lib.Mesh(data=8))
   rows = NamedSharding(mesh, P('data'))
@@ -80,6 +82,10 @@ def test_bytes_of_collectives(kind, bytes_):
     f = {'all-gather': lambda x: jax.lax.with_sharding_constraint(x, P()),
          'all-reduce': lambda x: jax.shard_map(
              lambda y: jax.lax.psum(jnp.tile(y, (N, 1)), 'data'),
-             in_specs=P('data'), out_specs=P())(x)}[kind]
+             in_specs=P('data'), out_specs=P())(x),
+         'reduce-scatter': lambda x: jax.shard_map(
+             lambda y: jax.lax.psum_scatter(
+                 jnp.tile(y, (8 * N, 1)), 'data', tiled=True),
+             in_specs=P('data'), out_specs=P('data'))(x)}[kind]
     got = _summary(f, x)
   assert got.collectives == {kind: bytes_}

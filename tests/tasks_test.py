@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -116,6 +117,9 @@ def hostile_scorer():
   def score(what):
     if what == 'hang':
       time.sleep(60)
+    if what == 'slow':
+      time.sleep(.6)
+      return 1.
     if what == 'die':
       os._exit(1)
     if what == 'raise':
@@ -135,9 +139,11 @@ def test_a_pool_survives_hangs_crashes_and_errors():
     assert time.monotonic() - start < 10
     assert pool.counts == {'errors': 1, 'timeouts': 2, 'crashes': 1}
     assert score('1') == [1.] and score() == []
-    for worker in pool._workers:  # Ctrl-C reaches the whole process group
-      os.kill(worker.process.pid, signal.SIGINT)
-    assert score(*['1'] * 20) == [1.] * 20
+    # Ctrl-C and SIGTERM reach the whole process group, here at work.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+      for worker in pool._workers:
+        threading.Timer(.3, os.kill, (worker.process.pid, signum)).start()
+      assert score(*['slow', '1'] * 2) == [1.] * 4
     for worker in pool._workers:
       worker.process.kill()
       worker.process.join()

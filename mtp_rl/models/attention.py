@@ -72,15 +72,18 @@ def resolve(kind, channels, columns, dtype):
         f'model.attention=splash needs a TPU and multiples of {_LANES}, but '
         f'this is {platform} with {channels} channels a head and {columns} '
         'columns; set model.attention=auto')
-  if kind == 'cudnn' and platform not in ('gpu', 'cuda'):
+  gpu = (platform in ('gpu', 'cuda') and jnp.dtype(dtype).itemsize == 2
+         and channels % 8 == 0 and channels <= 128)
+  if kind == 'cudnn' and not gpu:
     raise config_lib.ConfigError(
-        f'model.attention=cudnn needs a GPU, but this is {platform}; set '
-        'model.attention=auto')
+        'model.attention=cudnn needs a GPU, 16-bit floats and at most 128 '
+        f'channels a head, a multiple of 8, but this is {platform} with '
+        f'{jnp.dtype(dtype).name} and {channels}; set model.attention=auto')
   if kind != 'auto':
     return kind
   if fits:
     return 'splash'
-  if platform in ('gpu', 'cuda') and jnp.dtype(dtype).itemsize == 2:
+  if gpu:
     return 'cudnn'
   return 'blocks' if columns > _LONG else 'plain'
 

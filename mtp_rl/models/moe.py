@@ -99,8 +99,7 @@ _BY_GROUP = jax.lax.RaggedDotDimensionNumbers(
 def _backward(out, saved, dy):
   x, kernel, sizes = saved
   dy = dy.astype(x.dtype)
-  return (jax.lax.ragged_dot(dy, kernel.swapaxes(1, 2), sizes),
-          jnp.zeros_like(kernel),
+  return (jax.lax.ragged_dot(dy, kernel.swapaxes(1, 2), sizes), None,
           jax.lax.ragged_dot_general(x, dy, sizes, _BY_GROUP,
                                      preferred_element_type=jnp.float32),
           None)

@@ -97,7 +97,7 @@ def collect(params, reference_params, step, *, task, config, place, generate,
     config: `config.Config`.
     place: puts the parameters where the sampler reads them; see `layout`.
     generate: see `evaluate.make_generate`.
-    score: see `train_step.Steps`.
+    score: (params, tokens, valid) -> `logprobs.LogProbs` of NumPy arrays.
     key: PRNG key of the run.
 
   Returns:
@@ -121,10 +121,10 @@ def collect(params, reference_params, step, *, task, config, place, generate,
   start = time.perf_counter()
 
   tokens = types.Tokens(drawn.tokens, drawn.valid)
-  old = distributed.fetch(score(params, *tokens))
+  old = score(params, *tokens)
   reference = old.main
   if reference_params is not None:
-    reference = distributed.fetch(score(reference_params, *tokens).main)
+    reference = score(reference_params, *tokens).main
   mask = tokens.valid[:, -s:]
   # Accuracy is of the raw rewards; what is learned from is shaped.
   shaping = advantages_lib.overlong_penalty(

@@ -9,12 +9,14 @@ verifier's packages, never from the trainer with its threads; so a replacement
 costs milliseconds.
 """
 
+import atexit
 import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import time
+import weakref
 from multiprocessing import connection as connection_lib
 
 START_S = 120.  # a fresh process imports the verifier's packages
@@ -46,8 +48,10 @@ def _limit_memory(extra_mb):
 
 def _serve(connection, factory, args, memory_mb):
   """Run in the child: build the scorer once, then answer until the end."""
-  # Ctrl-C reaches the whole process group; the trainer alone decides.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the trainer
+  # alone decides, and ends this process by SIGKILL.
+  for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, signal.SIG_IGN)
   scorer = factory(*args)
   _limit_memory(memory_mb)
   connection.send_bytes(b'ready')
@@ -91,6 +95,12 @@ class _Worker:
     self.connection.close()
 
 
+def _close(pool):
+  """Close a pool that is still there: at exit nobody else ends its workers."""
+  if pool() is not None:
+    pool().close()
+
+
 class Pool:
   """Persistent scoring processes; they start when first needed.
 
@@ -119,6 +129,7 @@ class Pool:
     self._workers, self._failed = [], 0
     self.counts = {'errors': 0, 'timeouts': 0, 'crashes': 0}
     self.longest_s = 0.
+    atexit.register(_close, weakref.ref(self))
 
   def start(self):
     """Start the processes that do not run, and wait until they are up.
