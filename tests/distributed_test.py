@@ -38,8 +38,10 @@ KINDS = {  # model, mesh, updates of the warm-up, other settings
                  expert_ff=16), dict(data=2, fsdp=2, expert=2), 2,
             dict(rl=dict(pack=True)))}
 # Rounding errors themselves: before the first update of a step the policy has
-# not moved, so that delta_RL, whose direction the cosines are of, is 0.
-NOISE = ('rollout/logprob_gap_max', 'occ/cos', 'occ/logprob/cos')
+# not moved, so that delta_RL, whose direction the cosines are of, is 0. Packed
+# rows are rounded up to a multiple of the devices.
+NOISE = ('rollout/logprob_gap_max', 'occ/cos', 'occ/logprob/cos',
+         'rollout/packed_rows')
 
 
 def _config(kind, mesh=None):
