@@ -114,14 +114,18 @@ def _draw(results, path):
   import matplotlib
   matplotlib.use('Agg')
   from matplotlib import pyplot as plt
-  figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout='constrained')
-  names = {'length': 'tokens a row (8192 in all)', 'batch': 'rows of 512',
-           'vocabulary': 'vocabulary (8 rows of 512)'}
-  for column, (sweep, label) in enumerate(names.items()):
+  from matplotlib import ticker
+  axis = {'length': ('columns', 'tokens a row (8192 in all)'),
+          'batch': ('rows', 'rows of 512'),
+          'vocabulary': ('vocabulary', 'vocabulary (8 rows of 512)')}
+  done = list(dict.fromkeys(r['sweep'] for r in results['rows']))
+  figure, axes = plt.subplots(2, len(done), figsize=(1 + 4 * len(done), 7),
+                              layout='constrained', squeeze=False)
+  for column, sweep in enumerate(done):
+    key, label = axis[sweep]
     for attention in ATTENTION:
       rows = [r for r in results['rows']
               if r['sweep'] == sweep and r['attention'] == attention]
-      key = ('columns', 'rows', 'vocabulary')[column]
       x = [r[key] for r in rows]
       axes[0, column].plot(x, [r['seconds'] for r in rows], 'o-',
                            label=attention)
@@ -130,13 +134,18 @@ def _draw(results, path):
     if sweep == 'vocabulary':
       axes[1, column].plot(x, [r['logits_mib'] for r in rows], 'k:',
                            label='float32 logits of all tokens')
+      axes[1, column].legend()
     for row in (0, 1):
       axes[row, column].set(xscale='log', yscale='log', xlabel=label)
+      axes[row, column].set_xticks(x, x)
+      axes[row, column].yaxis.set_major_locator(
+          ticker.LogLocator(subs=(1, 2, 5)))
+      axes[row, column].yaxis.set_major_formatter('{x:g}')
+      axes[row, column].minorticks_off()
       axes[row, column].grid(alpha=.3)
   axes[0, 0].set_ylabel('seconds an update')
   axes[1, 0].set_ylabel('temporaries, MiB')
   axes[0, 0].legend()
-  axes[1, 2].legend()
   figure.suptitle('OCC update, d 128, 4 layers, float32, '
                   f'{results["cores"]} core(s), matmul peak '
                   f'{results["peak_gflops"]:.0f} GFLOP/s')
