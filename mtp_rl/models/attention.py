@@ -159,13 +159,16 @@ def cached(query, key, value, rows):
 
 
 def blocks(query, key, value, rows, block=BLOCK):
-  """Take `block` queries at a time, recomputed in the backward pass.
+  """Take up to `block` queries at a time, recomputed in the backward pass.
 
   The queries pass in a few parts, each with the keys up to its own end, so
   that about 5/8 of the scores are computed, not all; see `attend`.
   """
   t = query.shape[1]
   n = -(-t // block)  # blocks in all
+  if n == 1:
+    return plain(query, key, value, rows)
+  block = -(-t // n)  # as even as they can be: less padding
   pad = lambda x: jnp.pad(x, ((0, 0), (0, n * block - t))
                           + ((0, 0),) * (x.ndim - 2))
   cut = lambda x: jnp.moveaxis(
