@@ -8,10 +8,10 @@ dependencies are not needed; another file or a Hugging Face folder goes into
 --config.model.pretrained and --config.task.tokenizer. The warm-up trains the
 module alone, on the model's own answers.
 
-Expect (seed 0, 36 minutes on two cores): mean reward of the first ten RL steps
-.34, of the last ten .75; greedy on held-out sums .39, .77 after 14 steps, .74 at
-the end. Top-1 acceptance of the module on fresh samples: .18 after 20 updates,
-.57 after 360, .84 in the last RL step.
+Expect (seed 0, 36 minutes on two cores): mean reward of the first ten RL
+steps .34, of the last ten .75; greedy on held-out sums .39, .77 after 14
+steps, .74 at the end. Top-1 acceptance of the module on fresh samples: .18
+after 20 updates, .57 after 360, .84 in the last RL step.
 """
 
 import dataclasses
