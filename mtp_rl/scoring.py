@@ -55,8 +55,11 @@ class RowLog:
     os.replace(path + '.part', path)
     self._file = open(path, 'a', encoding='utf-8')
 
+  def _key(self, row):
+    return row['set'], row['mode'], row['problem'], row['sample']
+
   def _keep(self, row):
-    self._rows[row['set'], row['mode'], row['problem'], row['sample']] = row
+    self._rows[self._key(row)] = row
 
   def get(self, name, mode, problems, k):
     """Return the k rows of each of some problems in order, or None."""
@@ -65,7 +68,11 @@ class RowLog:
     return None if None in rows else rows
 
   def add(self, rows):
-    """Append rows; they are on disk when this returns, by one process."""
+    """Append rows; they are on disk when this returns, by one process.
+
+    Those of a batch that a kill cut short are there already.
+    """
+    rows = [row for row in rows if self._key(row) not in self._rows]
     for row in rows:
       self._keep(row)
     if self._file is None:

@@ -49,20 +49,30 @@ class CharTokenizer:
     return [self._ids.get(c, UNKNOWN) for c in text]
 
   def decode(self, ids):
-    """Return the text of token ids up to the first EOS, without padding."""
+    """Return the text of token ids up to the first EOS, without padding.
+
+    What is no character becomes U+FFFD, a padding token between others too.
+    """
     out = []
-    for i in np.asarray(ids).tolist():
-      if i == EOS:
-        break
+    for i in _unpadded(ids, self.ends):
       if _SPECIAL <= i < self.vocab_size:
         out.append(self.characters[i - _SPECIAL])
-      elif i != PAD:  # UNKNOWN, or a row of the table without a character
+      else:
         out.append('\N{REPLACEMENT CHARACTER}')
     return ''.join(out)
 
   def to_dict(self):
     """Return what `from_dict` reads."""
     return {'characters': self.characters}
+
+
+def _unpadded(ids, ends):
+  """Return the list of ids up to the first EOS, without padding around it."""
+  ids = np.asarray(ids)
+  stops = np.flatnonzero(np.isin(ids, ends.eos))
+  ids = ids[:stops[0]] if len(stops) else ids
+  said = np.flatnonzero(ids != ends.pad)
+  return ids[said[0]:said[-1] + 1].tolist() if len(said) else []
 
 
 class SubwordTokenizer:
@@ -109,15 +119,12 @@ class SubwordTokenizer:
   def decode(self, ids):
     """Return the text of token ids up to the first EOS, without padding.
 
-    Special tokens are written out, and ids beyond the vocabulary (rows that
-    pad the model's table) as U+FFFD: what a verifier reads must not close
-    over what the model said.
+    Special tokens are written out, padding between others too, and ids
+    beyond the vocabulary (rows that pad the model's table) as U+FFFD: what a
+    verifier reads must not close over what the model said.
     """
-    ids = np.asarray(ids)
-    ends = np.flatnonzero(np.isin(ids, self.ends.eos))
-    ids = ids[:ends[0]] if len(ends) else ids
-    ids, out, run = ids[ids != self.ends.pad].tolist(), [], []
-    for i in [*ids, self.vocab_size]:
+    out, run = [], []
+    for i in [*_unpadded(ids, self.ends), self.vocab_size]:
       if i < self.vocab_size:
         run.append(i)
         continue

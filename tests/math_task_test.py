@@ -89,6 +89,28 @@ def test_parquet_is_read_too(tmp_path):
   assert [r['line'] for r in got.rejected] == [2]
 
 
+@pytest.mark.parametrize('name, content, said', [
+    ('s.jsonl', b'', 'it is empty'),
+    ('s.jsonl', b'{"question": "p", "answer": "1"}', 'line 1.*problem is miss'),
+    ('s.parquet', b'PAR1 and nothing', 's.parquet cannot be read')])
+def test_a_source_without_rows_is_named(name, content, said, tmp_path):
+  if name.endswith('.parquet'):
+    pytest.importorskip('pyarrow')
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(config_lib.ConfigError, match=said):
+    datasets.load('s', str(tmp_path), str(tmp_path / 'cache'))
+
+
+def test_a_damaged_prepared_copy_is_named(tmp_path):
+  _write(tmp_path / 's.jsonl', ROWS)
+  load = lambda: datasets.load('s', str(tmp_path), str(tmp_path / 'cache'))
+  load()
+  for path in (tmp_path / 'cache').rglob('*.array_record*'):
+    path.write_bytes(path.read_bytes()[:40])
+  with pytest.raises(config_lib.ConfigError, match='is damaged.*remove it'):
+    load()
+
+
 def test_neither_tensorflow_nor_an_unused_tfds_is_imported(folder):
   code = ('import sys; from mtp_rl.tasks import datasets, math\n'
           "assert 'tensorflow_datasets' not in sys.modules\n"

@@ -49,7 +49,7 @@ def test_an_evaluation_is_kept_row_by_row_and_resumes(workdir, monkeypatch):
   # A kill in the middle of a line of the last batch: it alone is made again.
   pathlib.Path(path + 'l').write_bytes(whole[:-40])
   assert _score(workdir)[0] == values and len(calls) == 1
-  assert metrics.read(path + 'l')[:len(rows)] == rows[:-1] + [rows[17]]
+  assert metrics.read(path + 'l') == rows  # none of them twice
   assert _score(workdir)[0] == values and len(calls) == 1
 
 

@@ -41,6 +41,13 @@ def _small(tmp_path_factory):
       generation_config={'eos_token_id': [258, 259]}))
 
 
+def test_padding_between_tokens_is_not_read_over():
+  padded = tokenizers.CharTokenizer('12{}')
+  ids = [0, *padded.encode('{1'), 0, *padded.encode('2}'), 0, 1, 5]
+  assert padded.decode(ids) == '{1\N{REPLACEMENT CHARACTER}2}'
+  assert padded.decode([0, 0]) == padded.decode([]) == ''
+
+
 def test_a_folder_gives_ids_ends_and_texts(small):
   assert small.vocab_size == 260
   assert small.ends == tokenizers.Ends(258, (258, 259))

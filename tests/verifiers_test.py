@@ -39,7 +39,10 @@ def test_the_last_box_counts(text, box):
     (r'3\text{2}', None), (r'1\;2', None), ('1$2', None), ('1\n2', None),
     (r'2\text{ million}', None), (r'5\text{ or six}', None),
     (r'2\text{\%}', None), (r'1\,234', '1234'), (r'1\,2', None),
-    ('--5', None), ('5,', None), (r'\frac{10}{2}', None)])
+    ('--5', None), ('5,', None), (r'\frac{10}{2}', None),
+    (r'20\text{ cm}^2', '20'), (r'20 \text{ cm}^{3}', '20'),
+    (r'5\mathrm{i}', None), (r'5\text{ hundredths}', None),
+    (r'5\text{ tenths}', None), (r'5\text{ per cent}', None)])
 def test_integers_are_written_out_digits(text, value):
   assert verifiers.integer(text) == value
 
@@ -76,9 +79,24 @@ def test_expressions_go_to_math_verify(verifier):
   assert got == [c[2] for c in cases]
 
 
+def test_what_stands_in_the_problem_earns_nothing(verifier):
+  """But for numbers, and for the reference's own text."""
+  problem = (r'Compute $\dfrac{1}{4} + \frac 14$ or factor $t^2-49$; is it '
+             r'$(t-7)(t+7)$, and $x = 0.25$?')
+  cases = [('1/2', r'\frac{1}{4}+\frac14', 0), ('1/2', r'\frac12', 1),
+           ('1/2', r'\tfrac{1}{4} +\frac 14', 0), ('1/2', '2/4', 1),
+           ('(t+7)(t-7)', 't^2-49', 0), ('(t+7)(t-7)', '(t-7)(t+7)', 0),
+           ('(t-7)(t+7)', '(t-7) (t+7)', 1), ('(t+7)(t-7)', '-49+t^2', 1),
+           (r'\frac{1}{4}', '0.25', 1), ('x+t^2', 't^2+x', 1)]
+  got = verifier.rewards([c[0] for c in cases],
+                         [rf'\boxed{{{c[1]}}}' for c in cases],
+                         [problem] * len(cases))
+  assert got == [c[2] for c in cases]
+
+
 def test_equal_answers_have_one_name():
-  same = [r'\boxed{\dfrac{1}{2}}', r'\boxed{ \frac{1}{2}. }',
-          r'\boxed{$\frac {1}{2}$}']
+  same = [r'\boxed{\dfrac{1}{2}}', r'\boxed{ \frac{1}{2} }', r'\boxed{1/2.}',
+          r'\boxed{$\frac {1}{2}$}', r'\boxed{\frac12}']
   assert len({verifiers.answer(t) for t in same}) == 1
   assert verifiers.answer(r'\boxed{\$1,000}') == verifiers.answer(
       r'\boxed{1000}') == '1000'

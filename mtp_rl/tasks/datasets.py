@@ -170,6 +170,8 @@ def load(name, data_dir, cache_dir=''):
   builder = _builder()(path, data_dir=os.path.join(
       os.path.expanduser(cache), f'{name}-{digest[:16]}'),
       file_format='array_record')
+  if not builder.is_prepared():
+    _check(path)
   try:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
       builder.download_and_prepare()
@@ -178,11 +180,27 @@ def load(name, data_dir, cache_dir=''):
       raise config_lib.ConfigError(
           f'the prepared {path} cannot be written to {builder.data_dir} '
           f'({e}); set task.cache_dir') from e
-  rows = [_row(features) for features in builder.as_data_source('rows')]
-  if not rows:
-    raise config_lib.ConfigError(f'{path} has no usable row')
+  try:
+    rows = [_row(features) for features in builder.as_data_source('rows')]
+  except (OSError, RuntimeError, TypeError, ValueError) as e:
+    raise config_lib.ConfigError(
+        f'the prepared copy {builder.data_dir} of {path} is damaged '
+        f'({type(e).__name__}); remove it') from e
   listed = name in SETS and digest == SETS[name].sha256
   return Prepared(rows, builder.info.metadata['rejected'], listed, digest)
+
+
+def _check(path):
+  """Raise config.ConfigError where a source has nothing to prepare."""
+  try:
+    rows, rejected = read(path)
+  except (OSError, ValueError) as e:
+    raise config_lib.ConfigError(f'{path} cannot be read: {e}') from e
+  if not rows:
+    first = ', '.join(f'line {r["line"]}: {r["reason"]}' for r in rejected[:3])
+    raise config_lib.ConfigError(
+        f'{path} has no usable row ({first or "it is empty"}); each needs '
+        '"problem" and "answer"')
 
 
 def _row(features):

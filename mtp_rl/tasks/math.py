@@ -193,7 +193,8 @@ class Math:
 
   def rewards(self, examples, completions):
     """Return 1.0 for a verified answer, else 0.0."""
-    return self._verifier.rewards([e.answer for e in examples], completions)
+    return self._verifier.rewards([e.answer for e in examples], completions,
+                                  [e.prompt for e in examples])
 
   def counts(self):
     """Return what went wrong in the verifier so far."""

@@ -19,6 +19,8 @@ and size commands aside), then by math-verify (never against a number below
 1e-3, which it would round to 0), which parses both sides with its own grammar
 and compares them in sympy, in worker processes with a clock and a memory
 bound: the text is untrusted. Source: github.com/huggingface/Math-Verify.
+An expression that stands in the problem as it is boxed (`1/4+1/4`, `t^2-49`)
+earns nothing unless it is the reference's own text.
 """
 
 import decimal
@@ -40,9 +42,12 @@ _GROUPING = re.compile(
     r'(?<=[0-9])(?:,\\!|\\!,|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))')
 _UNIT = re.compile(
     r'(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|'
-    r'\\(?:text|mathrm|mbox)\{([^{}0-9%]*)\})$')
+    r'\\(?:text|mathrm|mbox)\{([^{}0-9%]*)\}(?:\^(?:[23]|\{[23]\}))?)$')
 _NO_UNIT = re.compile(
-    r'\b(?:or|and|to|half|percent|dozen|hundred|thousand|[mb]illion)\b')
+    r'\b(?:or|and|to|half|per\s*cent|dozen|hundred|thousand|[mb]illion|'
+    r'(?:ten|hundred|thousand)ths?|[eix])\b')
+_FRACTION = re.compile(
+    r'([+-]?)\\frac(?:\{([0-9]+)\}\{([0-9]+)\}|([0-9])([0-9]))')
 _INTEGER = re.compile(r'([+-]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?')
 _NUMBER = re.compile(
     r'([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))'
@@ -106,8 +111,26 @@ def normal(text):
   if whole:
     return whole
   text = re.sub(r'\\[dt]frac', r'\\frac', _plain(text))
+  fraction = _FRACTION.fullmatch(re.sub(r'(?<=[}c])\s+|\s+(?=})', '', text))
+  if fraction:
+    sign, *parts = fraction.groups('')
+    return f'{sign}{parts[0] + parts[2]}/{parts[1] + parts[3]}'
   apart = re.sub(r'(?<=[0-9])\s+(?=[0-9])', '\0', text)  # `1 2` is not 12
   return re.sub(r'\s+', '', apart).rstrip('.').replace('\0', ' ')
+
+
+def copied(box, problem):
+  """Return whether an expression stands in a problem, spacing aside.
+
+  Numbers are no expressions: they may be given and asked for.
+  """
+  if integer(box) or number(box) is not None:
+    return False
+  squeeze = lambda text: re.sub(
+      r'\s+', '', re.sub(r'\\[dt]frac', r'\\frac', _SPACING.sub('', text)))
+  whole = re.escape(squeeze(_plain(box).rstrip('.')))
+  return re.search(rf'(?<![0-9A-Za-z]){whole}(?![0-9A-Za-z])',
+                   squeeze(problem)) is not None
 
 
 def answer(completion):
@@ -170,16 +193,19 @@ class MathVerifier:
     """Longest seconds that an answer took, or was waited for."""
     return self._pool.longest_s
 
-  def rewards(self, references, completions):
+  def rewards(self, references, completions, problems=None):
     """Return 1.0 for a right answer, else 0.0.
 
     Args:
       references: the right answers, texts without a box.
       completions: as many texts of the model.
+      problems: as many texts, from which nothing is to be copied; None: that
+        is not looked at.
     """
     rewards, asked = [0.] * len(references), []
-    for i, (reference, text) in enumerate(
-        zip(references, completions, strict=True)):
+    problems = problems or [''] * len(references)
+    for i, (reference, text, problem) in enumerate(
+        zip(references, completions, problems, strict=True)):
       given, right = answer(text), normal(reference)
       if not given or given == right or integer(reference):
         rewards[i] = float(bool(given) and given == right)
@@ -188,6 +214,8 @@ class MathVerifier:
       found = number(box)
       if known is not None and found is not None:
         rewards[i] = float(abs(found - known) <= abs(known) / 10 ** 6)
+      elif copied(box, problem):
+        continue
       elif known is None:
         asked.append((i, [reference, box]))
       elif abs(known) >= _SMALL:
