@@ -173,4 +173,4 @@ def test_pretrained_weights_that_do_not_fit_are_refused_at_once(
 def test_decoding_ids_beyond_the_tokenizer_is_no_crash():
   from mtp_rl import tokenizers
   tokenizer = tokenizers.CharTokenizer('ab')
-  assert tokenizer.decode([3, 0, 4, 16, 2, 1, 3]) == 'ab\ufffd\ufffd'
+  assert tokenizer.decode([0, 3, 0, 4, 16, 2, 1, 3]) == 'a\ufffdb\ufffd\ufffd'
