@@ -95,7 +95,7 @@ def test_what_stands_in_the_problem_earns_nothing(verifier):
 
 
 def test_equal_answers_have_one_name():
-  same = [r'\boxed{\dfrac{1}{2}}', r'\boxed{ \frac{1}{2} }', r'\boxed{1/2.}',
+  same = [r'\boxed{\dfrac{1}{2}}', r'\boxed{ \frac{1}{2}. }', r'\boxed{1/2.}',
           r'\boxed{$\frac {1}{2}$}', r'\boxed{\frac12}']
   assert len({verifiers.answer(t) for t in same}) == 1
   assert verifiers.answer(r'\boxed{\$1,000}') == verifiers.answer(

@@ -105,18 +105,23 @@ def number(text):
       int(match[2] or match[3] or match[4] or 0))
 
 
+def _squeezed(text):
+  text = re.sub(r'\\[dt]frac', r'\\frac', _plain(text))
+  apart = re.sub(r'(?<=[0-9])\s+(?=[0-9])', '\0', text)  # `1 2` is not 12
+  return re.sub(r'\s+', '', apart).rstrip('.').replace('\0', ' ')
+
+
 def normal(text):
   """Return a text such that equal texts are the same answer."""
   whole = integer(text)
   if whole:
     return whole
-  text = re.sub(r'\\[dt]frac', r'\\frac', _plain(text))
-  fraction = _FRACTION.fullmatch(re.sub(r'(?<=[}c])\s+|\s+(?=})', '', text))
-  if fraction:
-    sign, *parts = fraction.groups('')
-    return f'{sign}{parts[0] + parts[2]}/{parts[1] + parts[3]}'
-  apart = re.sub(r'(?<=[0-9])\s+(?=[0-9])', '\0', text)  # `1 2` is not 12
-  return re.sub(r'\s+', '', apart).rstrip('.').replace('\0', ' ')
+  text = _squeezed(text)
+  fraction = _FRACTION.fullmatch(text)
+  if not fraction:
+    return text
+  sign, *parts = fraction.groups('')
+  return f'{sign}{parts[0] + parts[2]}/{parts[1] + parts[3]}'
 
 
 def copied(box, problem):
@@ -126,11 +131,9 @@ def copied(box, problem):
   """
   if integer(box) or number(box) is not None:
     return False
-  squeeze = lambda text: re.sub(
-      r'\s+', '', re.sub(r'\\[dt]frac', r'\\frac', _SPACING.sub('', text)))
-  whole = re.escape(squeeze(_plain(box).rstrip('.')))
-  return re.search(rf'(?<![0-9A-Za-z]){whole}(?![0-9A-Za-z])',
-                   squeeze(problem)) is not None
+  return re.search(
+      rf'(?<![0-9A-Za-z]){re.escape(_squeezed(box))}(?![0-9A-Za-z])',
+      _squeezed(problem)) is not None
 
 
 def answer(completion):
