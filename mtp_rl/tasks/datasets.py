@@ -171,7 +171,7 @@ def load(name, data_dir, cache_dir=''):
       os.path.expanduser(cache), f'{name}-{digest[:16]}'),
       file_format='array_record')
   if not builder.is_prepared():
-    _check(path)
+    builder.source = _usable(path)
   try:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
       builder.download_and_prepare()
@@ -190,8 +190,8 @@ def load(name, data_dir, cache_dir=''):
   return Prepared(rows, builder.info.metadata['rejected'], listed, digest)
 
 
-def _check(path):
-  """Raise config.ConfigError where a source has nothing to prepare."""
+def _usable(path):
+  """Return what `read` does; raises config.ConfigError where it has no row."""
   try:
     rows, rejected = read(path)
   except (OSError, ValueError) as e:
@@ -201,6 +201,7 @@ def _check(path):
     raise config_lib.ConfigError(
         f'{path} has no usable row ({first or "it is empty"}); each needs '
         '"problem" and "answer"')
+  return rows, rejected
 
 
 def _row(features):
@@ -275,11 +276,11 @@ def _builder():
   tfds.disable_progress_bar()
 
   class MathSet(tfds.core.GeneratorBasedBuilder):
-    """Builds one set from one file."""
+    """Builds one set from one file; `source` is what `read` made of it."""
     VERSION = tfds.core.Version('1.0.0')
 
     def __init__(self, path, **kwargs):
-      self._path, self._rejected = path, []
+      self._path, self.source, self._rejected = path, ([], []), []
       super().__init__(**kwargs)
 
     def _info(self):
@@ -296,7 +297,7 @@ def _builder():
       return {'rows': self._generate_examples()}
 
     def _generate_examples(self):
-      rows, rejected = read(self._path)
+      rows, rejected = self.source
       self._rejected.extend(rejected)
       for row in rows:
         yield row.line, dataclasses.asdict(row) | {
