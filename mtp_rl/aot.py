@@ -121,8 +121,9 @@ def devices(topology):
         'v5p:4x4x4') from e
 
 
-def _batch(config, rows, mesh):
+def _batch(config, mesh):
   """Return an abstract minibatch in its shards."""
+  rows = config.rl.prompts // config.rl.minibatches * config.rl.group
   r, s = config.rollout.max_prompt, config.rollout.max_response
   packed = config.rl.pack  # at worst into as many rows; all columns score
   scored = r + s if packed else s
@@ -136,37 +137,30 @@ def _batch(config, rows, mesh):
       put((rows, scored, config.mtp.heads), jnp.float32), logp, logp)
 
 
-def update(config, vocab_size, mesh):
+def update(steps, config, mesh):
   """Return (lowered, tokens) of one optimiser update of a config's regime."""
-  rows = config.rl.prompts // config.rl.minibatches * config.rl.group
-  steps = train_step.make(config, vocab_size, mesh)
-  lowered = steps.update.lower(steps.abstract, _batch(config, rows, mesh))
-  columns = config.rollout.max_prompt + config.rollout.max_response
-  return lowered, rows * columns
+  batch = _batch(config, mesh)
+  return steps.update.lower(steps.abstract, batch), math.prod(
+      batch.tokens.shape)
 
 
-def score(config, vocab_size, mesh):
+def score(steps, config, mesh):
   """Return (lowered, tokens) of the log-probs of one minibatch of samples."""
-  rows = config.rl.prompts // config.rl.minibatches * config.rl.group
-  steps = train_step.make(config, vocab_size, mesh)
-  plain = dataclasses.replace(
-      config, rl=dataclasses.replace(config.rl, pack=False))
-  batch = _batch(plain, rows, mesh)
+  batch = _batch(dataclasses.replace(
+      config, rl=dataclasses.replace(config.rl, pack=False)), mesh)
   return steps.score.lower(steps.abstract.params, batch.tokens,
                            batch.valid), math.prod(batch.tokens.shape)
 
 
-def rollout(name, config, vocab_size, mesh):
+def rollout(name, params, config, vocab_size, mesh):
   """Return (lowered, tokens) of a part of the sampler.
 
   'prefill' reads all prompts of an RL step and copies their caches to the
   samples, 'decode' adds one token to every sample, 'rollout' is the whole
-  loop as a run has it.
+  loop as a run has it. `params` are those of the sampling layout.
   """
   ends, group = tokenizers.CharTokenizer('').ends, config.rl.group
   fixed = dict(config=config, vocab_size=vocab_size, ends=ends)
-  params = layout.abstract(
-      train_step.make(config, vocab_size, mesh).abstract.params, config, mesh)
   mesh = layout.sampling_mesh(config, mesh)
   rows = sharding.batch_sharding(mesh)
   shape = config.rl.prompts, config.rollout.max_prompt
@@ -242,22 +236,21 @@ def _shard_bytes(tree_):
 
 def _program(name, config, vocab_size, mesh):
   """Return what `compile_row` needs of a program: lowered to beside."""
-  state = train_step.make(config, vocab_size, mesh).abstract
-  params = state.params
+  steps = train_step.make(config, vocab_size, mesh)
+  state, params = steps.abstract, steps.abstract.params
   resident = _shard_bytes(state) + (
       _shard_bytes(params) if config.rl.kl_coef else 0)
   if name in SAMPLING:
     read = layout.abstract(params, config, mesh)
     beside = resident - (_shard_bytes(params) if read is params else 0)
-    return *rollout(name, config, vocab_size, mesh), read, beside
+    return *rollout(name, read, config, vocab_size, mesh), read, beside
   if name == 'reshard':
     move = layout.mover(params, config, mesh)
     return move.lower(params), 0, params, resident - _shard_bytes(params)
   if name == 'score':
-    return *score(config, vocab_size, mesh), params, (
+    return *score(steps, config, mesh), params, (
         resident - _shard_bytes(params))
-  return *update(config, vocab_size, mesh), params, (
-      resident - _shard_bytes(state))
+  return *update(steps, config, mesh), params, resident - _shard_bytes(state)
 
 
 def compile_all(config, topology, programs):

@@ -188,7 +188,7 @@ def _kernel(instruction, operands):
 _FLOPS = {'dot': _dot, 'convolution': _convolution, 'custom-call': _kernel}
 
 
-def _collective(instruction, owner, operands):
+def _collective(instruction, owner, types):
   """Return the kind of a collective and its bytes, or None and 0.
 
   The bytes are those of the whole: what is gathered, reduced, or scattered.
@@ -200,7 +200,8 @@ def _collective(instruction, owner, operands):
                        for k, dims in shapes(instruction.type))
     if instruction.opcode in (kind, f'{kind}-start'):
       if kind == 'reduce-scatter':
-        return kind, sum(_BYTES[k] * math.prod(dims) for k, dims in operands())
+        return kind, sum(_BYTES[k] * math.prod(dims)
+                         for k, dims in _operands(instruction, types))
       scattered = kind == 'all-reduce' and 'all-reduce-scatter' in owner
       return 'reduce-scatter' if scattered else kind, size(instruction.type)
   return None, 0
@@ -239,8 +240,7 @@ def summarise(text, vocabularies=frozenset(), parameters=frozenset()):
     for i in instructions:
       if i.opcode in _FLOPS:
         flops += times[name] * _FLOPS[i.opcode](i, _operands(i, types))
-      kind, bytes_ = _collective(
-          i, name, lambda i=i, types=types: _operands(i, types))
+      kind, bytes_ = _collective(i, name, types)
       if kind:
         collectives[kind] += times[name] * bytes_
       if name in fused or i.opcode in _NO_ARRAY or i.opcode.endswith('-done'):

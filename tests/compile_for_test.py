@@ -91,9 +91,10 @@ def test_all_names_are_checked_before_the_first_is_compiled():
 def test_a_packed_update_reads_segments():
   config = _config(rl=dict(pack=True))
   mesh = sharding.make_mesh(config_lib.Mesh(fsdp=4))
-  batch = aot._batch(config, 8, mesh)
+  batch = aot._batch(config, mesh)
   assert batch.valid.dtype == jnp.int32
-  assert batch.mask.shape == batch.tokens.shape == (8, 256)
+  rows = config.rl.prompts // config.rl.minibatches * config.rl.group
+  assert batch.mask.shape == batch.tokens.shape == (rows, 256)
 
 
 def test_a_decoding_step_gathers_no_parameters(rows):
