@@ -35,6 +35,9 @@ SWEEPS = {
     'vocabulary': [(8, 512, v) for v in (256, 2048, 16384, 65536)],
 }
 ATTENTION = ('blocks', 'plain')
+flags.register_validator(
+    'sweeps', lambda names: set(names) <= set(SWEEPS),
+    message=f'choose from {", ".join(SWEEPS)}')
 
 
 def _config(rows, columns, attention):
