@@ -19,10 +19,10 @@ from jax.experimental import multihost_utils
 
 from mtp_rl import config as config_lib
 
-# Seconds without a sign of life until a process is taken for dead, and the
-# others end; and that one waits for the others at the end.
-HEARTBEAT_S = 60
 CONNECT_S = 240  # that process 0 may take to listen
+# After these seconds without a sign of life a process is taken for dead, and
+# the others end; so do they where one waits in vain for them at the end.
+HEARTBEAT_S = 60
 SHUTDOWN_S = 30
 _MESSAGE = 1000  # bytes of an error that the processes tell each other
 

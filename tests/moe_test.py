@@ -22,19 +22,19 @@ EXPERTS = dict(qk_norm=False, n_layers=2, experts=4, experts_per_token=2,
                remat='none', head_chunk=0)
 
 
-def _inputs(n=7):
+def _inputs(n=7, m=M):
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  e, d, f = M.experts, M.d_model, M.expert_ff
+  e, d, f = m.experts, m.d_model, m.expert_ff
   return dict(x=draw(n, d), router=draw(d, e), gate=draw(e, d, f),
               up=draw(e, d, f), down=draw(e, f, d)), draw(e)
 
 
-def _sparse(p, bias, m=M, dtype='float32'):
+def _sparse(p, bias, m=M, dtype='float32', form=moe.mixture):
   x = jnp.asarray(p['x'], dtype)
   chosen, weights = moe.route(x, p['router'], bias, m)
   masters = tuple(p[n] for n in ('gate', 'up', 'down'))
-  return moe.mixture(x, chosen, weights, tuple(
+  return form(x, chosen, weights, tuple(
       w.astype(x.dtype) for w in masters), masters)
 
 
@@ -84,21 +84,13 @@ def test_gradient_and_its_jvp_are_the_dense_layers():
 @pytest.mark.parametrize('mesh', ({}, dict(fsdp=2, model=2, expert=2)))
 def test_bfloat16_experts_have_float32_gradients(mesh):
   """Near those of no mesh, unrounded, and so is the jvp of the gradient."""
-  p, bias = _inputs(8)
-  p = {k: jnp.asarray(x)[..., :4, :] if k == 'down' else
-       jnp.asarray(x)[..., :4] if k in ('gate', 'up') else jnp.asarray(x)
-       for k, x in p.items()}
+  m = dataclasses.replace(M, expert_ff=4)
+  p, bias = _inputs(8, m)
   v = jax.tree.map(jnp.cos, p)
 
-  def layer(p, dtype):
-    x = p['x'].astype(dtype)
-    chosen, weights = moe.route(x, p['router'], bias, M)
-    masters = tuple(p[n] for n in ('gate', 'up', 'down'))
-    return moe._on_mesh(x, chosen, weights, tuple(
-        w.astype(dtype) for w in masters), masters)
-
   def twice(dtype, mesh):
-    loss = lambda p: jnp.sum(jnp.sin(.1 * layer(p, dtype)))
+    loss = lambda p: jnp.sum(jnp.sin(.1 * _sparse(
+        p, bias, m, dtype, moe._on_mesh)))
     with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(**mesh))):
       return jax.jit(lambda p: jax.jvp(jax.grad(loss), (p,), (v,)))(p)
   want = twice(jnp.float32, {})

@@ -118,7 +118,8 @@ def grouped_matmul(x, kernel, master, sizes, out):
   Args:
     x: [N, D], rows sorted by group.
     kernel: [G, D, F], of x's dtype.
-    master: float32 [G, D, F], what kernel was cast from; never read.
+    master: float32 [G, D, F], what kernel was cast from: an argument of its
+      own, never read, so that devices gather the narrow one.
     sizes: int32 [G], rows of each group.
     out: dtype of the result.
 
