@@ -1,11 +1,11 @@
-"""Where an update's time goes: the same update with one thing taken out.
+"""Where an update's time goes: the update with one part left out at a time.
 
     python -m benchmarks.ablation [--rounds=20] [--cores=1]
 
-One process, pinned; every round times each variant once, in turn. A variant
-computes something else, so that only its time means anything; what is left out
-is the difference to the whole. FLOP/s of matmuls are those of
-`benchmarks.step`, over the matmul peak of the same process.
+One process, pinned to cores; every round times each variant once, in turn. A
+variant's results are wrong; only its time matters, and the difference to the
+whole update is the time of the part left out. FLOPs are counted as in
+`benchmarks.step` and compared with the matmul peak of the same process.
 """
 
 import os
@@ -22,7 +22,7 @@ from benchmarks import step
 
 
 def _variants():
-  """Return {name: patches} of what each variant replaces."""
+  """Return {variant: patches that leave its part out}."""
   import jax.numpy as jnp
   from flax import linen as nn
 
@@ -62,7 +62,7 @@ def _compiled(patches, mesh, batch):
   with contextlib.ExitStack() as stack:
     for patch in patches:
       stack.enter_context(patch)
-    steps = train_step.make(config, step.V, mesh)
+    steps = train_step.make(config, mesh)
     state = steps.init(jax.random.key(0))
     compiled = steps.update.lower(state, batch).compile()
   state, _ = jax.block_until_ready(compiled(state, batch))
@@ -92,8 +92,7 @@ def main(unused_argv):
         state[0], _ = jax.block_until_ready(compiled(state[0], batch))
         seconds[name].append(time.perf_counter() - start)
     flops = step.update_flops(runs['whole'][1][0].params,
-                              step._config(*step.REGIMES['policy']),
-                              step.ROWS, step.V)
+                              step._config(*step.REGIMES['policy']), step.ROWS)
   whole = statistics.median(seconds['whole'])
   print(f'whole: {whole * 1e3:.0f} ms, {flops / whole / 1e9:.0f} of '
         f'{peak:.0f} GFLOP/s ({100 * flops / whole / 1e9 / peak:.0f} %)')

@@ -3,11 +3,12 @@ r"""Update time and memory against sequence length, batch and vocabulary.
     python -m benchmarks.scaling --folder=DIR [--sweep_rounds=5] [--cores=1] \
         [--sweeps=length,batch,vocabulary]
 
-One process, pinned; the shapes of a sweep are timed in turn, round by round.
-Memory is what the compiled update says of its temporaries, beside the state.
-FLOPs are those of forward and backward without recomputation, of the scores
-that are computed (about 5/8 in blocks), over the matmul peak of the same
-process. Writes DIR/scaling.json and DIR/scaling.png.
+One process, pinned to cores; the shapes of a sweep are timed in turn, round by
+round. Memory is that of the compiled update's temporaries, without the state.
+FLOPs are those of forward and backward without recomputation, with only the
+attention scores that are computed (about 5/8 in blocks), and are compared with
+the matmul peak of the same process. Writes DIR/scaling.json and
+DIR/scaling.png.
 """
 
 import json
@@ -27,8 +28,8 @@ _ROUNDS = flags.DEFINE_integer('sweep_rounds', 5, 'Timed rounds.',
 _SWEEPS = flags.DEFINE_list('sweeps', ['length', 'batch', 'vocabulary'],
                             'What to vary.')
 
-# Sweep -> (rows, columns, vocabulary) of its updates. Lengths at one number of
-# tokens, so that time should stay but for attention, and memory too.
+# Sweep -> (rows, columns, vocabulary) of its updates. All lengths have the same
+# number of tokens, so apart from attention time and memory should not change.
 SWEEPS = {
     'length': [(8192 // t, t, 256) for t in (256, 512, 1024, 2048, 4096)],
     'batch': [(rows, 512, 256) for rows in (2, 4, 8, 16, 32)],
@@ -40,12 +41,13 @@ flags.register_validator(
     message=f'choose from {", ".join(SWEEPS)}')
 
 
-def _config(rows, columns, attention):
+def _config(rows, columns, vocab, attention):
   from mtp_rl import config as config_lib
   from mtp_rl import validate
   config = config_lib.Config(
       model=config_lib.Model(d_model=128, n_layers=4, n_heads=4, n_kv_heads=4,
-                             d_ff=512, attention=attention),
+                             d_ff=512, vocab_size=vocab,
+                             attention=attention),
       rl=config_lib.RL(prompts=2 * rows, group=1, minibatches=2),
       rollout=config_lib.Rollout(max_prompt=columns // 4,
                                  max_response=columns - columns // 4))
@@ -82,8 +84,8 @@ def _prepare(shape, attention, mesh):
 
   from mtp_rl import train_step
   rows, columns, vocab = shape
-  config = _config(rows, columns, attention)
-  steps = train_step.make(config, vocab, mesh)
+  config = _config(rows, columns, vocab, attention)
+  steps = train_step.make(config, mesh)
   state, batch = steps.init(jax.random.key(0)), _batch(*shape)
   compiled = steps.update.lower(state, batch).compile()
   memory = compiled.memory_analysis()
@@ -92,7 +94,7 @@ def _prepare(shape, attention, mesh):
          'attention': attention,
          'temporary_mib': memory.temp_size_in_bytes / 2 ** 20,
          'logits_mib': rows * columns * vocab * 4 / 2 ** 20,
-         'flops': step.update_flops(state.params, config, rows, vocab,
+         'flops': step.update_flops(state.params, config, rows,
                                     _scores(attention, columns))}
   return row, compiled, [state], batch
 

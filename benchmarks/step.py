@@ -2,9 +2,9 @@
 
     python -m benchmarks.step [--rounds=20] [--cores=1] [--head_chunk=16]
 
-One process, pinned; every round times each regime once, in turn, and the
-ratio is taken round by round against Detach of the same round. The matmul
-peak is measured in the same process. Run it on a quiet machine.
+One process, pinned to cores; every round times each regime once, in turn, and
+divides by the time of Detach in the same round. The matmul peak is measured in
+the same process. Run it on an idle machine.
 """
 
 import json
@@ -20,41 +20,42 @@ _CORES = flags.DEFINE_integer('cores', 1, 'CPU cores to pin to.', lower_bound=1)
 _OUT = flags.DEFINE_string('out', '', 'JSON file for the table.')
 _CHUNK = flags.DEFINE_integer('head_chunk', 16, 'model.head_chunk.',
                               lower_bound=0)
-_ONLY = flags.DEFINE_list('only', [], 'Rows to time beside detach.')
+_ONLY = flags.DEFINE_list('only', [], 'Rows to time in addition to detach.')
 
-# Large buffers stay mapped between updates instead of being faulted in again:
-# worth about 1.15 times here, for every regime alike.
+# Keeps large buffers mapped between updates instead of faulting them in again;
+# about 1.15 times as fast here, equally for every regime.
 MALLOC = ('glibc.malloc.mmap_threshold=8589934592:'
            'glibc.malloc.trim_threshold=17179869184:'
            'glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1')
 V, R, S, ROWS = 64, 16, 32, 128
-# name -> regime, estimator, psi's loss ('joint': the paper's L_RL + l L_MTP).
+# name -> regime, estimator, psi's loss ('theta': the paper's L_RL + l L_MTP).
 REGIMES = {
     'detach': ('detach', 'logprob', 'ce'),
     'rl_only': ('rl_only', 'logprob', 'ce'),
-    'ce': ('ce', 'logprob', 'joint'),
-    'policy': ('policy', 'logprob', 'joint'),
-    'occ': ('occ', 'logprob', 'joint'),
-    'occ_authors': ('occ_authors', 'logprob', 'joint'),
+    'ce': ('ce', 'logprob', 'theta'),
+    'policy': ('policy', 'logprob', 'theta'),
+    'occ': ('occ', 'logprob', 'theta'),
+    'occ_authors': ('occ_authors', 'logprob', 'theta'),
     'policy own loss': ('policy', 'logprob', 'policy'),
     'occ own loss': ('occ', 'logprob', 'policy'),
     'policy own ce': ('policy', 'logprob', 'ce'),
     'occ own ce': ('occ', 'logprob', 'ce'),
-    'occ readout': ('occ', 'readout', 'joint'),
-    'occ exact': ('occ', 'exact', 'joint'),
-    'occ preconditioned': ('occ', 'preconditioned', 'joint'),
-    'occ cross_fitted': ('occ', 'cross_fitted', 'joint'),
-    'occ curvature': ('occ', 'curvature', 'joint'),
+    'occ readout': ('occ', 'readout', 'theta'),
+    'occ exact': ('occ', 'exact', 'theta'),
+    'occ preconditioned': ('occ', 'preconditioned', 'theta'),
+    'occ cross_fitted': ('occ', 'cross_fitted', 'theta'),
+    'occ curvature': ('occ', 'curvature', 'theta'),
 }
 
 
-def _config(regime, estimator, head_loss):
+def _config(regime, estimator, psi_loss):
   from mtp_rl import config as config_lib
   from mtp_rl import validate
   config = config_lib.Config(
       model=config_lib.Model(d_model=128, n_layers=4, n_heads=4, n_kv_heads=4,
-                             d_ff=512, head_chunk=_CHUNK.value),
-      mtp=config_lib.MTP(regime=regime, head_loss=head_loss),
+                             d_ff=512, vocab_size=V,
+                             head_chunk=_CHUNK.value),
+      mtp=config_lib.MTP(regime=regime, psi_loss=psi_loss),
       occ=config_lib.OCC(estimator=estimator),
       rl=config_lib.RL(prompts=32, group=8, minibatches=2),
       rollout=config_lib.Rollout(max_prompt=R, max_response=S))
@@ -88,31 +89,31 @@ def matmul_peak(size=2048, repeats=12):
   return 2 * size ** 3 / min(seconds) / 1e9
 
 
-def update_flops(params, config, rows, vocab, scores=1.):
+def update_flops(params, config, rows, scores=1.):
   """Return the FLOPs of forward and backward, without recomputation.
 
   6 per weight of a matmul and token (the output head on S of T columns, once
-  for the main head and once a MTP head), and 12 T D per token and block for
+  for the main head and once per MTP module), and 12 T D per token and block for
   attention, times the share of its T x T scores that is computed.
 
   Args:
     params: the model's parameters (those of frozen modules do not count).
     config: `config.Config`.
     rows: sequences of a minibatch.
-    vocab: V.
     scores: that share.
   """
   import jax
   response = config.rollout.max_response
   columns = config.rollout.max_prompt + response
-  heads = config.mtp.heads * (config.mtp.regime != 'rl_only')
+  modules = config.mtp.modules * (config.mtp.regime != 'rl_only')
   weights = sum(
       x.size for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
-      if 'kernel' in str(path[-1]) and (heads or 'mtp' not in str(path[0])))
-  blocks = config.model.n_layers + heads
-  head = vocab * config.model.d_model * (1 + heads) * response / columns
+      if 'kernel' in str(path[-1]) and (modules or 'mtp' not in str(path[0])))
+  m = config.model
+  blocks = m.n_layers + modules
+  head = m.vocab_size * m.d_model * (1 + modules) * response / columns
   return rows * columns * (6 * (weights + head) +
-                   12 * scores * columns * config.model.d_model * blocks)
+                           12 * scores * columns * m.d_model * blocks)
 
 
 def _sampler_rate(config, params, mesh):
@@ -120,12 +121,13 @@ def _sampler_rate(config, params, mesh):
   import jax
   import numpy as np
 
-  from mtp_rl import evaluate, tokenizers
+  from mtp_rl import tokenizers
+  from mtp_rl.rollout import sampler
   out = {}
   abstract = jax.tree.map(lambda x: x, params)
   for prompts, group in ((1, 1), (2, 8), (16, 8)):
-    f = evaluate.make_generate(config, V, mesh, abstract,
-                               tokenizers.CharTokenizer('').ends, group)
+    f = sampler.make_generate(config, mesh, abstract,
+                              tokenizers.CharTokenizer('').ends, group)
     tokens = np.full((prompts, R), 5, np.int32)
     seconds = []
     for i in range(8):
@@ -177,7 +179,7 @@ def main(unused_argv):
     peak = matmul_peak()
     for name in (n for n in REGIMES if n in wanted):
       config = _config(*REGIMES[name])
-      steps = train_step.make(config, V, mesh)
+      steps = train_step.make(config, mesh)
       state = steps.init(jax.random.key(0))
       start = time.perf_counter()
       state, _ = jax.block_until_ready(steps.update(state, batch))
@@ -185,7 +187,7 @@ def main(unused_argv):
             file=sys.stderr, flush=True)
       runs[name], seconds[name] = [steps.update, state], []
       if REGIMES[name][1] != 'curvature':
-        flops[name] = update_flops(state.params, config, ROWS, V)
+        flops[name] = update_flops(state.params, config, ROWS)
     rates = _sampler_rate(_config(*REGIMES['detach']), runs['detach'][1].params,
                           mesh)
     for _ in range(_ROUNDS.value):

@@ -1,11 +1,11 @@
-r"""Hostile answers against the math verifier: speed, counts, waits.
+r"""Fuzz the math verifier with hostile answers: speed, failures, waits.
 
     python -m benchmarks.verifier_fuzz --count=10000 --clock=2 --processes=2
 
-Every answer is boxed and held against a reference that is no integer, so all
-that has a closed box reaches math-verify. After each batch the pool must still
-tell right from wrong. The exit code is 1 where it cannot, or where an answer
-was waited for longer than the clock and a second of a busy machine.
+Every answer is boxed and compared with a reference that is not an integer, so
+every answer with a closed box reaches math-verify. After each batch the pool
+must still tell right from wrong. The exit code is 1 if it cannot, or if an
+answer was awaited more than a second longer than --clock.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _SANE = ((r'\frac{1}{2}', r'\boxed{0.5}', 1.),
 
 
 def hostile(rng):
-  """Return one hostile answer, the text of a box, from a random.Random."""
+  """Return one hostile answer (the content of a box); rng: random.Random."""
   n = rng.choice((3, 30, 120, 450))
   kinds = (
       lambda: '^{'.join(['9'] * n) + '}' * (n - 1),
@@ -78,8 +78,9 @@ def balanced(text):
 def fuzz(count, clock_s, processes, seed=0, batch=200):
   """Score `count` hostile answers; return a dict of what was seen.
 
-  'sane' is whether known answers were told apart after every batch, 'asked'
-  how many answers came to math-verify, 'longest_s' the longest wait for one.
+  'sane': whether known answers were judged correctly after every batch;
+  'asked': how many answers reached math-verify; 'longest_s': the longest wait
+  for an answer in seconds.
   """
   rng, earned, sane, asked = random.Random(seed), 0., True, 0
   verifier = verifiers.MathVerifier(clock_s, processes)

@@ -12,6 +12,6 @@ from mtp_rl import config as config_lib
 def get_config(path=''):
   """Return the config in a JSON file; `path` is the text after the colon."""
   if not path:
-    raise config_lib.ConfigError('configs/from_json.py wants the path of a '
+    raise config_lib.ConfigError('configs/from_json.py needs the path of a '
                                  'config.json after a colon')
   return config_lib.load(path)

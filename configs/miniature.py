@@ -1,11 +1,11 @@
-r"""The paper's comparison in small: the quickstart, slower, under a tight clip.
+r"""The paper's comparison in small: the quickstart with low lr and tight clip.
 
     python -m experiments.compare --config=configs/miniature.py \
         --workdir=DIR --preset=table1,table2 --seeds=5 --jobs=2
 
-A learning rate at which the reward still rises when the run ends, and a clip
-that bites, so that what MTP adds to the gradient shows in the reward. Results:
-experiments/results/miniature/.
+The learning rate is so low that the reward still rises when the run ends, and
+the clip so tight that it is active, so that MTP's part of the gradient shows in
+the reward. Results: experiments/results/miniature/.
 """
 
 from configs import quickstart

@@ -8,9 +8,9 @@ r"""The paper's training settings, for its two models (DAPO and GSPO).
 The regime is a flag: rl_only, detach, ce, policy, occ, occ_authors. Settings
 are those of the authors' script (Wang et al., arXiv 2605.28184): 200 steps on
 DAPO-Math-17k, 128 prompts x 16 rollouts, 4 updates a step, 2k + 8k tokens. The
-paper's GSPO clip range is not known to us; it is that of verl's recipe. Groups
+paper does not give its GSPO clip range; ours is that of verl's recipe. Groups
 without variance are not drawn again (--config.rl.dynamic_sampling=10 would).
-Microbatches, evaluation batches and the mesh are ours, to be set for the
+Microbatches, evaluation batches and the mesh are our choice; set them for the
 machine. None of these configs was run.
 """
 
@@ -21,10 +21,10 @@ from mtp_rl.models import presets
 
 
 def training(model, objective):
-  """Return the config of a model's name under an objective.
+  """Return the config of a named model with an objective.
 
   Args:
-    model: of `presets.NAMES`, with MTP weights.
+    model: a name of `presets.NAMES` whose weights have MTP modules.
     objective: 'dapo' or 'gspo'.
   """
   config = config_lib.Config()
@@ -35,10 +35,10 @@ def training(model, objective):
   config.rl = config_lib.RL(
       steps=200, prompts=128, group=16, minibatches=4, lr=1e-6,
       overlong_buffer=4096, overlong_penalty=1.)
-  config.optim = config_lib.Optim(b2=.999, weight_decay=.1, clip=1., warmup=10)
+  config.optim = config_lib.Optim(b2=.999, weight_decay=.1, clip=1., ramp=10)
   config.rollout = config_lib.Rollout(max_prompt=2048, max_response=8192)
   config.task = config_lib.Task(name='math', train='dapo_math_17k',
-                                held_out=1000)  # each set whole
+                                held_out=1000)  # each set in full
   config.eval = config_lib.Eval(every=20, samples=32, batch=64)
   config.run = config_lib.Run(checkpoint_every=10)
   return config_lib.preset(config, f'{objective},paper')

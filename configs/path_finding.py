@@ -5,9 +5,9 @@
 Measured with --config.mtp.regime=detach, seed 0 alone: held-out greedy
 accuracy .48 after the warm-up (1 / degree is .50) and .96 after RL, avg@4 .33
 and .90, in 30 seconds of CPU time. Other regimes and seeds are not measured
-yet. The warm-up ends just before its loss falls by itself: in this run
-200 steps of it already reach 1.0, so another seed, batch or learning rate may
-leave RL nothing to do.
+yet. The warm-up stops just before it solves the task alone: in this run 200
+steps of it already reach 1.0, so with another seed, batch or learning rate
+nothing may be left for RL to improve.
 """
 
 from mtp_rl import config as config_lib
@@ -24,5 +24,5 @@ def get_config(presets='dapo'):
   config.rl = config_lib.RL(steps=100, prompts=32, group=8, minibatches=4,
                             lr=5e-4)
   config.eval = config_lib.Eval(every=25)
-  config.optim = config_lib.Optim(warmup=20)
+  config.optim = config_lib.Optim(ramp=20)
   return config_lib.preset(config, presets)

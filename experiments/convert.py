@@ -4,15 +4,14 @@
         --config=configs/CONFIG.py
     python -m experiments.convert --target=FOLDER --workdir=DIR
 
-The first writes the checkpoint that a run of this config starts from; other
-runs take it by --config.warmup.init=DIR. The second writes the parameters of a
-run's latest checkpoint (--phase, --step for others) as config.json and
-*.safetensors, the MTP modules included, and the tokenizer's files where the
-task has it from a folder (a GGUF file keeps its own).
+The first command writes the checkpoint that a run of this config starts from;
+other runs use it with --config.warmup.init=DIR. The second writes the
+parameters of a run's latest checkpoint (--phase and --step choose another) as
+config.json and *.safetensors, MTP modules included. It also copies the
+tokenizer's files if task.tokenizer is a folder (not those inside a GGUF file).
 """
 
 import contextlib
-import dataclasses
 import os
 import shutil
 
@@ -24,14 +23,14 @@ from mtp_rl import config as config_lib
 _CONFIG = launch.define_config(required=False)
 _SOURCE = flags.DEFINE_string('source', None, 'Folder or .gguf file to read.')
 _TARGET = flags.DEFINE_string('target', None, 'Folder to write.')
-_PHASE = flags.DEFINE_enum('phase', 'rl', ['rl', 'warmup'], 'Whose checkpoint.')
+_PHASE = flags.DEFINE_enum('phase', 'rl', ['rl', 'warmup'], 'Phase of the run.')
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default: the latest.')
-# Of the tokenizer and its template, copied beside the weights.
+# Files of the tokenizer and its template, copied to the target folder.
 _WORDS = ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model',
           'special_tokens_map.json', 'added_tokens.json', 'vocab.json',
           'merges.txt', 'chat_template.jinja', 'generation_config.json')
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'],
-                           'Of the written tensors; float32 is exact.')
+                           'Dtype of the written tensors; float32 is exact.')
 
 
 def _read():
@@ -39,7 +38,7 @@ def _read():
   from mtp_rl import trainer
   config = _CONFIG.value
   if config is None:
-    raise config_lib.ConfigError('--source needs --config, which says the '
+    raise config_lib.ConfigError('--source needs --config, which sets the '
                                  'model, the task and the tokenizer')
   config.model.pretrained, config.warmup.steps = _SOURCE.value, 0
   trainer.pretrain(config, launch.WORKDIR.value)
@@ -50,15 +49,15 @@ def _write():
   """Write published weights from a run's checkpoint."""
   import jax
 
-  from mtp_rl import checkpoint, train_step, trainer
+  from mtp_rl import checkpoint, train_step, workdir
   from mtp_rl.models import pretrained
   config = config_lib.load(os.path.join(launch.WORKDIR.value, 'config.json'))
-  run = trainer.reopen(config, launch.WORKDIR.value)
-  where = trainer.checkpoints(run, _PHASE.value)
-  model = dataclasses.replace(config.model, vocab_size=run.vocab_size)
+  run = workdir.reopen(config, launch.WORKDIR.value)
+  where = workdir.existing_checkpoints(run, _PHASE.value)
+  model = run.config.model
   pretrained.new_folder(_TARGET.value, model, config.mtp)
   with jax.set_mesh(run.mesh), contextlib.closing(run.task):
-    steps = train_step.make(config, run.vocab_size, run.mesh, _PHASE.value)
+    steps = train_step.make(run.config, run.mesh, _PHASE.value)
     saved = checkpoint.Checkpoints(where, config.run.keep)
     with contextlib.closing(saved):
       params = saved.restore(steps.abstract, _STEP.value, params_only=True)
@@ -73,7 +72,7 @@ def _write():
 def main():
   """Convert in the direction that the flags name."""
   if (_SOURCE.value is None) == (_TARGET.value is None):
-    raise config_lib.ConfigError('name one of --source and --target')
+    raise config_lib.ConfigError('give one of --source and --target')
   (_read if _SOURCE.value is not None else _write)()
 
 

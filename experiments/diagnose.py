@@ -1,25 +1,27 @@
-"""Measure along a run what the MTP gradient does to the RL objective.
+"""Measure how the MTP gradient affects the RL objective during a run.
 
     python -m experiments.diagnose --workdir=DIR [--rollouts=8] [--steps=0,50]
 
-On fresh rollouts at each checkpoint: alignment of the two gradients, of one
-batch and de-biased; lambda of every estimator; the change of J that a step
-with lambda achieves on held-out rollouts, against what the equations predict.
-Writes DIR/diagnosis: diagnosis.{md,json}, rollouts.jsonl and three figures.
+Measured on fresh rollouts at each checkpoint: the alignment of the two
+gradients, of one batch and de-biased; the lambda of every estimator; and the
+change of J that a step with lambda achieves on held-out rollouts, compared with
+what the equations predict. Writes DIR/diagnosis: diagnosis.{md,json},
+rollouts.jsonl and three figures.
 """
 
 from absl import flags
 
 from experiments import launch
 
-_ROLLOUTS = flags.DEFINE_integer('rollouts', 8, 'At each checkpoint.',
+_ROLLOUTS = flags.DEFINE_integer('rollouts', 8, 'Rollouts per checkpoint.',
                                  lower_bound=1)
 _STEPS = flags.DEFINE_list('steps', None, 'Checkpoints; default: all kept.')
-_BOUND = flags.DEFINE_float('bound', 1., 'Lambdas lie in [-bound, bound].')
-_POINTS = flags.DEFINE_integer('points', 17, 'Of the grid of lambdas.',
+_BOUND = flags.DEFINE_float('bound', 1., 'lambda lies in [-bound, bound].')
+_POINTS = flags.DEFINE_integer('points', 17, 'Lambdas on the grid.',
                                lower_bound=3)
-_PIECES = flags.DEFINE_integer(
-    'pieces', None, 'Disjoint parts of a minibatch; default: occ.pieces.')
+_PARTS = flags.DEFINE_integer(
+    'disjoint_parts', None, 'Parts of a minibatch; '
+    'default: occ.disjoint_parts.')
 _PROGRESS = flags.DEFINE_bool('progress', True, 'Show a bar.')
 
 
@@ -33,11 +35,11 @@ flags.register_validator('steps', _whole_numbers,
 
 def main():
   """Diagnose, and print the tables."""
-  from mtp_rl.diagnose import study  # after the flags: a typo is quick
+  from mtp_rl.diagnose import study  # late, so that typos fail fast
   text, directory = study.diagnose(
       launch.WORKDIR.value, _ROLLOUTS.value,
       [int(s) for s in _STEPS.value or ()] or None, _BOUND.value,
-      _POINTS.value, _PIECES.value, _PROGRESS.value)
+      _POINTS.value, _PARTS.value, _PROGRESS.value)
   print(f'{text}\nsee {directory}')
 
 

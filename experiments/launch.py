@@ -1,5 +1,7 @@
 """What the launchers share: flags, quiet logs, one-sentence errors."""
 
+import pathlib
+import re
 import sys
 
 from absl import app, flags, logging
@@ -7,24 +9,25 @@ from ml_collections import config_flags
 
 from mtp_rl import config as config_lib
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 flags.mark_flag_as_required('workdir')
 
 
 def define_processes():
-  """Define the flags of a run of several processes, for all its launchers."""
+  """Define the flags of runs with several processes."""
   flags.DEFINE_bool('distributed', False, 'Join the processes that the cluster '
                     '(SLURM, GKE, TPU pod, Open MPI) has started.')
-  flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where the '
-                      'cluster does not say.')
-  flags.DEFINE_integer('processes', None, 'How many, with --coordinator.',
-                       lower_bound=1)
-  flags.DEFINE_integer('process', None, 'Index of this one, from 0.',
+  flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, if the '
+                      'cluster does not set it.')
+  flags.DEFINE_integer('processes', None, 'Number of processes, with '
+                       '--coordinator.', lower_bound=1)
+  flags.DEFINE_integer('process', None, 'Index of this process, from 0.',
                        lower_bound=0)
 
 
 def _join():
-  """Join the other processes, where flags say that there are any."""
+  """Connect to the other processes, if the flags say that there are any."""
   if 'distributed' not in flags.FLAGS:
     return
   f = flags.FLAGS
@@ -32,14 +35,14 @@ def _join():
   if any(given) and (not all(given) or f.distributed):
     raise config_lib.ConfigError(
         '--coordinator, --processes and --process go together, and without '
-        '--distributed, by which the cluster says all three')
+        '--distributed, with which the cluster sets all three')
   if f.distributed or all(given):
     from mtp_rl import distributed
     distributed.initialize(f.coordinator, f.processes, f.process)
 
 
 def say(*lines):
-  """Print, in one process of a run."""
+  """Print lines, in process 0 alone."""
   from mtp_rl import distributed
   if distributed.is_writer():
     print(*lines, sep='\n')
@@ -54,29 +57,36 @@ def define_config(required=True):
 
 
 def _parse(argv):
-  """Parse the flags; what is wrong with them becomes one sentence."""
+  """Parse the flags; an error exits with one sentence."""
   try:
+    for arg in argv[1:]:
+      if field := re.match(r'--?config\.([\w.]+)', arg):
+        config_lib.refuse_renamed(field[1])
     return flags.FLAGS(argv)
-  except (flags.Error, KeyError) as e:
+  except config_lib.ConfigError as e:
+    sys.exit(f'error: {e}')
+  except (flags.Error, KeyError, OSError) as e:
     _fail(e)
 
 
 def _fail(error):
-  # A config file's own error comes wrapped in a traceback: its last line.
+  """Exit with the last line of an error, which may hold a whole traceback."""
   lines = [line.strip() for line in str(error.args[0]).splitlines()]
-  sys.exit(f'error: {[line for line in lines if line][-1]} '
-           '(--help lists the flags, mtp_rl/config.py the config fields)')
+  hint = '--help lists the flags, mtp_rl/config.py the config fields'
+  if isinstance(error, OSError) and pathlib.Path.cwd() != ROOT:
+    hint = f'launchers run from the root of a checkout, here {ROOT}'
+  sys.exit(f'error: {[line for line in lines if line][-1]} ({hint})')
 
 
 def run(action):
-  """Parse the flags and call action(); a ConfigError becomes one sentence."""
+  """Parse the flags and call action(); a ConfigError exits as one sentence."""
   def main(argv):
     if len(argv) > 1:
       sys.exit(f'error: unexpected argument {argv[1]!r}')
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)
     if 'config' in flags.FLAGS:
-      try:  # a config file that is not there shows at the first field read
+      try:  # a missing config file fails at the first read
         _ = flags.FLAGS['config'].value and flags.FLAGS['config'].value.seed
       except OSError as e:
         _fail(e)

@@ -2,8 +2,8 @@
 
     python -m experiments.pretrain --config=configs/quickstart.py --workdir=DIR
 
-Other runs start from it with --config.warmup.init=DIR (so that regimes can be
-compared from one checkpoint); the same command resumes.
+Other runs start from it with --config.warmup.init=DIR, so that regimes can be
+compared from one checkpoint. The same command resumes.
 """
 
 from experiments import launch
@@ -14,7 +14,7 @@ launch.define_processes()
 
 def main():
   """Run the warm-up, and print where it is."""
-  from mtp_rl import trainer  # after the flags: a typo must not wait for it
+  from mtp_rl import trainer  # late, so that typos in flags fail fast
   done = trainer.pretrain(CONFIG.value, launch.WORKDIR.value)
   launch.say(
       f'{"complete" if done else "interrupted; the same command resumes"}: '

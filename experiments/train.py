@@ -1,4 +1,4 @@
-"""Warm-up, RLVR with MTP, evaluation, figures: one run.
+"""One run: warm-up, RL with MTP, evaluation, figures.
 
     python -m experiments.train --config=configs/quickstart.py --workdir=DIR
 
@@ -15,7 +15,7 @@ launch.define_processes()
 
 def main():
   """Run, and print where the results are."""
-  from mtp_rl import trainer  # after the flags: a typo must not wait for it
+  from mtp_rl import trainer  # late, so that typos in flags fail fast
   workdir = launch.WORKDIR.value
   summary = trainer.train(CONFIG.value, workdir)
   for name, value in summary['last'].items():

@@ -14,14 +14,14 @@ _FORMAT = 'mtp_rl TrainState 1'
 
 
 class Checkpoints:
-  """The checkpoints of one phase of a run, one directory a step."""
+  """The checkpoints of one phase of a run, one directory per step."""
 
   def __init__(self, directory, keep):
     """Open (and create) the directory.
 
     Args:
       directory: path.
-      keep: how many of the latest are kept.
+      keep: how many checkpoints are kept, the latest ones.
     """
     self._directory = os.path.abspath(directory)
     os.makedirs(self._directory, exist_ok=True)
@@ -39,19 +39,19 @@ class Checkpoints:
     return sorted(c.step for c in self._inner.checkpoints)
 
   def save(self, step, state):
-    """Save unless this step is there; returns when it is on disk."""
+    """Save a state unless its step is saved; return once it is on disk."""
     if step != self.latest():
       self._inner.save(step, state._asdict(), force=True,
                        custom_metadata={'format': _FORMAT})
 
   def restore(self, abstract, step=None, params_only=False):
-    """Return the state of a step (None: the latest), in its shards.
+    """Return the state of a step, loaded straight into its shards.
 
     Args:
       abstract: TrainState of ShapeDtypeStructs with shardings.
-      step: int or None.
-      params_only: read the parameters alone and return them, whatever
-        optimiser wrote the rest.
+      step: int; None: the latest.
+      params_only: read and return the parameters alone; the optimiser's state
+        may then be of any kind.
 
     Raises:
       config.ConfigError: there is none, it is damaged, or it belongs to
@@ -68,7 +68,7 @@ class Checkpoints:
     try:
       metadata = self._inner.metadata(step)
       if (metadata.custom_metadata or {}).get('format') != _FORMAT:
-        raise ValueError('it is not one of this project')
+        raise ValueError('it was not written by this project')
       _compare(metadata.metadata, abstract)
       wanted = abstract._asdict()
       if params_only:
@@ -80,7 +80,7 @@ class Checkpoints:
       raise config_lib.ConfigError(
           f'checkpoint {where} cannot be restored ({type(e).__name__}: '
           f'{first}); it is damaged or of another config: remove that folder '
-          'to go on from an older one, or choose another workdir') from e
+          'to resume from an older one, or choose another workdir') from e
     return restored['params'] if params_only else type(abstract)(**restored)
 
   def close(self):
@@ -99,7 +99,7 @@ def _compare(saved, abstract):
   for name in sorted(have.keys() | want.keys()):
     if have.get(name) != want.get(name):
       raise ValueError(f'parameter {name} has shape {have.get(name)} there, '
-                       f'but the config makes it {want.get(name)}')
+                       f'but {want.get(name)} under the config')
 
 
 def prepare_workdir(workdir):
@@ -110,7 +110,7 @@ def prepare_workdir(workdir):
   """
   try:
     os.makedirs(os.path.join(workdir, 'figures'), exist_ok=True)
-    # One a process: they may come here at the same time.
+    # One file per process: several may run this at the same time.
     probe = os.path.join(workdir, f'.writable_{distributed.index()}')
     with open(probe, 'w', encoding='utf-8') as f:
       f.write('')

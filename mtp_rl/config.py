@@ -1,24 +1,44 @@
 """Every setting of a run, typed, and the named presets.
 
 A file in configs/ returns `Config` from `get_config()`; flags override any
-field (`--config.rl.lr=3e-4`). A field that does not exist is refused by the
-flag parser, a combination that cannot work by `validate.validate`.
+field (`--config.rl.lr=3e-4`). The flag parser rejects fields that do not exist,
+`validate.validate` combinations that cannot work.
 """
 
 import dataclasses
+import importlib
 import json
 import math
 
-REGIMES = ('rl_only', 'detach', 'ce', 'policy', 'occ', 'occ_authors')
-ESTIMATORS = ('logprob', 'authors', 'readout', 'exact', 'preconditioned',
-              'cross_fitted', 'curvature', 'oracle')
-TRAINABLE = ESTIMATORS[:-1]  # the oracle needs rollouts no update sees
-# More than one pass through the trunk; cross_fitted needs disjoint parts.
-IN_PARTS = ('exact', 'preconditioned', 'cross_fitted', 'curvature')
+# Old name of a field -> its new name, which the error on an old one gives.
+RENAMED = {
+    'mtp.heads': 'mtp.modules', 'mtp.head_loss': 'mtp.psi_loss',
+    'mtp.head_coef': 'mtp.psi_coef', 'occ.heads': 'occ.solver',
+    'occ.pieces': 'occ.disjoint_parts', 'optim.warmup': 'optim.ramp',
+    'mesh.model': 'mesh.tensor', 'rollout.model': 'rollout.tensor'}
 
 
 class ConfigError(ValueError):
-  """A setting that cannot work; the message names it and the mend."""
+  """A setting that cannot work; the message names it and the fix."""
+
+
+def optional(module, user, extra):
+  """Import a module that the plain install leaves out, and return it.
+
+  Args:
+    module: dotted name.
+    user: what needs it, the subject of the error message.
+    extra: extra of this project that installs it.
+
+  Raises:
+    ConfigError: it is not installed.
+  """
+  try:
+    return importlib.import_module(module)
+  except ImportError as e:
+    name = module.split('.')[0].replace('_', '-')
+    raise ConfigError(f'{user} needs the package {name}; install it with pip '
+                      f"install -e '.[{extra}]' ({e})") from e
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -30,7 +50,7 @@ class Model:
   n_kv_heads: int = 4
   head_dim: int = 0  # 0: d_model / n_heads
   d_ff: int = 256
-  vocab_size: int = 0  # rows of the token table; 0: the tokenizer's
+  vocab_size: int = 0  # V, rows of the token table; 0: the tokenizer's
   rope_theta: float = 10000.
   rotary: float = 1.  # fraction of a head's channels that RoPE turns
   norm_eps: float = 1e-6
@@ -39,30 +59,30 @@ class Model:
   tie_embeddings: bool = True
   dtype: str = 'float32'  # of the computation; parameters stay float32
   attention: str = 'auto'  # form of the computation; see models/attention.py
-  remat: str = 'dots'  # kept for the backward pass: all but 'none' recompute
+  remat: str = 'dots'  # what is kept for the backward pass; 'none': all
   head_chunk: int = 16  # columns per slice of the output head; 0: all at once
   pretrained: str = ''  # Hugging Face folder or GGUF file to start from
   experts: int = 0  # E routed experts a layer; 0: one dense SwiGLU of d_ff
-  experts_per_token: int = 0  # experts that a token takes
+  experts_per_token: int = 0  # experts that a token is routed to
   expert_ff: int = 0  # inner width of one expert
   shared_experts: int = 0  # experts that every token takes, as one SwiGLU
   dense_layers: int = 0  # first layers that keep the dense SwiGLU
-  router_groups: int = 1  # groups of experts, of which a token takes the best
-  router_top_groups: int = 1
+  router_groups: int = 1  # groups of experts; a token uses the best of them
+  router_top_groups: int = 1  # how many groups a token uses
   router_scale: float = 1.  # factor on the routed experts' weights
-  norm_topk: bool = True  # the chosen experts' weights add up to that factor
+  norm_topk: bool = True  # make the chosen experts' weights sum to that factor
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class MTP:
   """The MTP modules and how they meet the RL objective."""
-  heads: int = 1  # K
+  modules: int = 1  # K
   kind: str = 'sequential'  # depth k sees x_{i+k}; 'parallel': the trunk alone
-  regime: str = 'occ'
-  coef: float = 0.1  # the fixed lambda of 'ce' and 'policy' (split over heads)
+  regime: str = 'occ'  # see regimes.py
+  coef: float = 0.1  # fixed lambda of 'ce' and 'policy', split over modules
   reference: str = 'main_old'  # delta_MTP = log pi_MTP - log pi_<reference>
-  head_loss: str = 'ce'  # psi's own loss; 'joint': lambda * the loss of theta
-  head_coef: float = 1.  # psi's own coefficient (unused by 'joint')
+  psi_loss: str = 'ce'  # psi's own loss; 'theta': lambda * the loss of theta
+  psi_coef: float = 1.  # psi's own coefficient (unused by 'theta')
   concat: str = 'h_emb'  # or 'emb_h'
   hidden: str = 'post_norm'  # trunk state that depth 1 receives
   fresh: bool = False  # new modules where the pretrained model has none
@@ -73,16 +93,16 @@ class MTP:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class OCC:
-  """Optimal coefficient calibration (PAPER equations in occ.py)."""
-  estimator: str = 'logprob'
+  """Optimal coefficient calibration (equations in occ.py)."""
+  estimator: str = 'logprob'  # see estimators.py
   lambda_plus: float = 1.
   eps: float = 1e-8
   lambda_min: float = -1.
   lambda_max: float = 1.
   ema: float = 0.  # decay of the moving average of lambda; 0: none
-  heads: str = 'joint'  # K > 1: G^-1 c, or 'per_head': c_k / v_k^2
+  solver: str = 'gram'  # K > 1: G^-1 c, or 'per_module': c_k / v_k^2
   scope: str = 'all'  # parameters whose gradients are measured
-  pieces: int = 2  # parts of a minibatch that `IN_PARTS` take one by one
+  disjoint_parts: int = 2  # per minibatch, for estimators that read gradients
   probe_every: int = 4  # cross_fitted: updates between measurements of L eta
   guard: float = 0.  # bound rho of ||lambda g_MTP|| <= rho ||g_RL||; 0: off
   eta: float = 0.  # step size in the curvature form; 0: the learning rate
@@ -96,10 +116,10 @@ class RL:
   group: int = 8  # G
   minibatches: int = 4
   microbatches: int = 1  # > 1: recompute each one in the backward pass
-  pack: bool = False  # several completions a row of the update
+  pack: bool = False  # put several completions in one row for the update
   lr: float = 1e-3
-  dynamic_sampling: int = 0  # most redraws of a step for varied groups; 0: off
-  overlong_buffer: int = 0  # tokens before max_response that cost; 0: off
+  dynamic_sampling: int = 0  # most redraws a step, for varied groups; 0: off
+  overlong_buffer: int = 0  # penalised tokens before max_response; 0: off
   overlong_penalty: float = 1.  # of a completion cut off at max_response
   advantage: str = 'grpo'
   loss: str = 'ppo'
@@ -124,7 +144,7 @@ class Optim:
   clip: float = 1.  # global norm; 0: off
   clip_mode: str = 'separate'  # theta and psi apart, or one 'joint' norm
   schedule: str = 'constant'
-  warmup: int = 0  # updates of linear learning-rate warm-up
+  ramp: int = 0  # first updates, in which the learning rate rises linearly
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -135,7 +155,7 @@ class Warmup:
   lr: float = 2e-3
   mtp_coef: float = 1.
   train: str = 'all'  # 'mtp': the MTP modules, everything else frozen
-  data: str = 'solutions'  # 'samples': the model's own, of training prompts
+  data: str = 'solutions'  # 'samples': the model's own, for training prompts
   pool: int = 1  # rollouts (rl.prompts x rl.group samples) of one pool
   pool_steps: int = 50  # updates that draw from one pool
   init: str = ''  # workdir of experiments.pretrain to start from instead
@@ -149,13 +169,13 @@ class Rollout:
   temperature: float = 1.
   top_k: int = 0  # 0: off
   top_p: float = 1.
-  model: int = 0  # devices that split a layer while sampling; 0: as in training
+  tensor: int = 0  # devices that split a layer to sample; 0: as in training
   expert: int = 0  # devices that split the experts while sampling
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Task:
-  """What is asked; each task reads its own fields."""
+  """The task; each task reads its own fields."""
   name: str = 'arithmetic'
   held_out: int = 256  # problems to evaluate on (math: of each set, at most)
   min_terms: int = 4  # arithmetic, subset_sum
@@ -169,15 +189,15 @@ class Task:
   dataset: str = ''  # reasoning_gym
   options: str = '{}'  # reasoning_gym: JSON object of the data set's settings
   size: int = 4000  # reasoning_gym: questions drawn before the split
-  timeout_s: float = 5.  # reasoning_gym, math: clock of one answer
+  timeout_s: float = 5.  # reasoning_gym, math: limit to verify one answer
   tokenizer: str = ''  # math, sums: folder or GGUF file; '': characters
   template: str = 'chat'  # math, sums: the tokenizer's own, or 'plain'
-  prefix: str = ''  # sums: the first words of every answer, given
+  prefix: str = ''  # sums: start of every answer, put in the prompt
   data_dir: str = ''  # math: folder of NAME.jsonl or NAME.parquet
   cache_dir: str = ''  # math: of prepared sets; '': ~/.cache/mtp_rl
   train: str = 'dapo_math_17k'  # math: sets, comma-separated
   evals: str = 'aime24,aime25,amc23,math500,minerva_math,olympiadbench'
-  processes: int = 2  # math: verifiers at a time
+  processes: int = 2  # math: verifier processes
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -190,11 +210,11 @@ class Eval:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Mesh:
-  """Devices: batch over all but model, parameters over all but data."""
+  """Devices: batch over all but tensor, parameters over all but data."""
   data: int = 1
   fsdp: int = 1
-  model: int = 1
-  expert: int = 1  # the experts' own split of parameters
+  tensor: int = 1  # devices that split a layer
+  expert: int = 1  # devices that split the experts
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -239,11 +259,11 @@ _RL_PRESETS = {
 PRESETS = tuple(_RL_PRESETS) + ('paper',)
 
 
-def preset(config, names):
+def preset(config: Config, names):
   """Set the fields of the named presets on config and return it.
 
   'grpo', 'dapo', 'gspo', 'dr_grpo', 'cispo' set the RL objective; 'paper' sets
-  the plain L_RL + lambda L_MTP, under one joint clip, lambda unbounded.
+  the plain loss L_RL + lambda L_MTP, one joint clip, and unbounded lambda.
 
   Args:
     config: a `Config`, changed in place.
@@ -260,7 +280,7 @@ def preset(config, names):
     if name in _RL_PRESETS:
       config.rl = dataclasses.replace(config.rl, **_RL_PRESETS[name])
     elif name == 'paper':
-      config.mtp.head_loss = 'joint'
+      config.mtp.psi_loss = 'theta'
       config.optim.clip_mode = 'joint'
       config.occ.lambda_min, config.occ.lambda_max = -math.inf, math.inf
     else:
@@ -269,7 +289,7 @@ def preset(config, names):
   return config
 
 
-def to_dict(config):
+def to_dict(config: Config):
   """Return config as nested plain dicts (JSON-ready)."""
   return dataclasses.asdict(config)
 
@@ -278,23 +298,78 @@ def from_dict(values):
   """Return the `Config` that `to_dict` wrote.
 
   Raises:
-    ConfigError: a section or field does not exist in this version.
+    ConfigError: a section or field does not exist in this version; a renamed
+      field is named with its new name.
   """
   out = Config()
-  for name, value in values.items():
-    if not hasattr(out, name):
-      raise ConfigError(f'config section {name!r} does not exist')
+  for section, value in values.items():
+    if not hasattr(out, section):
+      raise ConfigError(f'config section {section!r} does not exist')
     if isinstance(value, dict):
+      for field in value:
+        refuse_renamed(f'{section}.{field}')
       try:
-        value = type(getattr(out, name))(**value)
+        value = type(getattr(out, section))(**value)
       except TypeError as e:
-        raise ConfigError(f'config section {name!r}: {e}') from e
-    setattr(out, name, value)
+        raise ConfigError(f'config section {section!r}: {e}') from e
+    setattr(out, section, value)
   return out
 
 
+def refuse_renamed(name):
+  """Raise ConfigError with the new name where `section.field` is an old one."""
+  if name in RENAMED:
+    raise ConfigError(f'config field {name} is now called {RENAMED[name]}; '
+                      'use that name')
+
+
+def assign(config: Config, name, text):
+  """Set the field `section.field` of a config from text, or from a value.
+
+  Raises:
+    ConfigError: the field does not exist, or the text does not fit its type.
+  """
+  refuse_renamed(name)
+  section, _, field = name.rpartition('.')
+  try:
+    owner = getattr(config, section) if section else config
+    old = getattr(owner, field)
+    if dataclasses.is_dataclass(old):
+      raise AttributeError
+  except AttributeError:
+    raise ConfigError(f'config field {name!r} does not exist; '
+                      'mtp_rl/config.py lists them') from None
+  try:
+    if isinstance(old, bool) and isinstance(text, str):
+      value = {'true': True, 'false': False}[text.lower()]
+    else:
+      value = type(old)(text)
+  except (ValueError, KeyError):
+    raise ConfigError(f'{name}={text!r} is no {type(old).__name__}') from None
+  setattr(owner, field, value)
+
+
+def with_vocabulary(config: Config, size):
+  """Return a copy whose model.vocab_size is resolved to V.
+
+  Args:
+    config: a `Config`, not changed.
+    size: the tokenizer's number of tokens, V where model.vocab_size=0.
+
+  Raises:
+    ConfigError: the tokenizer has more tokens than the table has rows.
+  """
+  rows = config.model.vocab_size or size
+  if size > rows:
+    raise ConfigError(
+        f'the tokenizer has {size} tokens, but model.vocab_size={rows}; set it '
+        'to the rows of the token table')
+  return dataclasses.replace(
+      config, model=dataclasses.replace(config.model, vocab_size=rows))
+
+
 def load(path):
-  """Read the config.json of a workdir; raises ConfigError with the mend."""
+  """Read the config.json of a workdir; raises ConfigError with the fix."""
   try:
     with open(path, encoding='utf-8') as f:
       return from_dict(json.load(f))
@@ -306,7 +381,13 @@ def load(path):
                       f'{e}') from e
 
 
-def differences(a, b):
+def title(config: Config):
+  """Return the line above a run's figures: task, regime, seed."""
+  return (f'{config.task.name} {config.task.dataset}'.strip() +
+          f', regime {config.mtp.regime}, seed {config.seed}')
+
+
+def differences(a: Config, b: Config):
   """Return the dotted names of the fields in which two configs differ."""
   out = []
   for section, values in to_dict(a).items():

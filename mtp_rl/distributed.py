@@ -1,10 +1,10 @@
-"""Many processes as one: joining, rows, agreement.
+"""Runs of several processes: connecting, splitting work, agreeing on values.
 
 Every process runs the same program: it draws the same prompts and holds the
-whole batch as NumPy arrays, which are small beside the parameters. Devices
-hold their own rows of it; verifying, which takes a host's time, is split over
-the processes. Process 0 alone writes files, but for checkpoints, whose shards
-all write. With one process nothing is sent and nothing changes.
+whole batch as NumPy arrays, which are small beside the parameters. Each device
+holds its own rows of the batch. Verifying answers takes host time, so it is
+split over the processes. Process 0 alone writes files, except checkpoints:
+every process writes its shards. With one process nothing is communicated.
 """
 
 import contextlib
@@ -19,30 +19,31 @@ from jax.experimental import multihost_utils
 
 from mtp_rl import config as config_lib
 
-CONNECT_S = 240  # that process 0 may take to listen
-# After these seconds without a sign of life a process is taken for dead, and
-# the others end; so do they where one waits in vain for them at the end.
+CONNECT_S = 240  # seconds to wait until process 0 listens
+# Seconds without a heartbeat after which a process counts as dead and the
+# others end, and seconds that a process waits for the others at the end.
 HEARTBEAT_S = 60
 SHUTDOWN_S = 30
-_MESSAGE = 1000  # bytes of an error that the processes tell each other
+_MESSAGE = 1000  # bytes of an error message that processes exchange
 
 
 def initialize(coordinator=None, processes=None, process=None):
-  """Join the run's other processes; before any use of a device.
+  """Connect to the run's other processes; call it before using any device.
 
   Args:
     coordinator: HOST:PORT of process 0; None: the cluster's environment
-      (SLURM, GKE, TPU pods, Open MPI) says this and the other two.
-    processes: how many there are.
-    process: index of this one, from 0.
+      (SLURM, GKE, TPU pods, Open MPI) gives all three arguments.
+    processes: number of processes.
+    process: index of this process, from 0.
 
   Raises:
-    config.ConfigError: they do not find each other. (Where others never come,
-      JAX's runtime aborts the process that waits, after five minutes.)
+    config.ConfigError: the processes cannot connect. (If others never start,
+      JAX's runtime aborts the waiting process after five minutes.)
   """
   if coordinator is not None:
     _reach(coordinator, process)
-  # Its handler would swallow SIGTERM outside the loop, which has its own.
+  # JAX's handler would swallow SIGTERM outside the training loop, which has
+  # its own handler.
   jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
@@ -51,16 +52,17 @@ def initialize(coordinator=None, processes=None, process=None):
   except (ValueError, TypeError, RuntimeError, OSError, KeyError) as e:
     first = str(e).strip().split('\n')[0][:200]
     raise config_lib.ConfigError(
-        f'the processes of the run do not find each other ({first}); where the '
-        'cluster does not say, set --coordinator=HOST:PORT, --processes and '
-        '--process') from e
+        f'the processes of the run do not find each other ({first}); if the '
+        'cluster does not set them, give --coordinator=HOST:PORT, --processes '
+        'and --process') from e
 
 
 def _reach(coordinator, process):
-  """Wait until process 0 listens: JAX's own client would abort in the end.
+  """Wait until process 0 listens; JAX's own client would abort instead.
 
   Raises:
-    config.ConfigError: it does not, or its address is none.
+    config.ConfigError: it does not listen in time, or the coordinator is not
+      HOST:PORT.
   """
   host, _, port = coordinator.rpartition(':')
   if not host or not port.isdecimal():
@@ -68,7 +70,9 @@ def _reach(coordinator, process):
         f'--coordinator={coordinator} is no address; set HOST:PORT of process '
         '0')
   deadline = time.monotonic() + CONNECT_S
-  while process:
+  if not process:
+    return  # process 0 is the one that listens
+  while True:
     try:
       socket.create_connection((host.strip('[]'), int(port)), 5).close()
       return
@@ -76,12 +80,12 @@ def _reach(coordinator, process):
       if time.monotonic() > deadline:
         raise config_lib.ConfigError(
             f'nobody listens at --coordinator={coordinator} ({e}); start '
-            'process 0 there, and name a host that this one reaches') from e
+            'process 0 there, and name a host that this one can reach') from e
     time.sleep(.5)
 
 
 def count():
-  """Return the number of processes, without starting a backend for one."""
+  """Return the number of processes; starts no backend if there is one."""
   return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
@@ -96,13 +100,13 @@ def is_writer():
 
 
 def put(rows, sharding):
-  """Return NumPy arrays, the same in every process, as arrays on devices.
+  """Return NumPy arrays, the same in every process, as sharded device arrays.
 
-  With one process they are returned as they are: jit places them.
+  With one process they are returned unchanged: jit places them.
 
   Args:
     rows: pytree of arrays.
-    sharding: of all of them.
+    sharding: one sharding for all of them.
   """
   if count() == 1:
     return rows
@@ -119,11 +123,11 @@ def fetch(tree):
 
 
 def split(work, rows):
-  """Return the values of all rows, each process having worked on its part.
+  """Split work over the processes; return the values of all rows.
 
   Args:
-    work: slice -> one float a row of it.
-    rows: how many there are.
+    work: function slice of rows -> list of floats, one per row.
+    rows: number of rows.
 
   Returns:
     float64 [rows].
@@ -136,7 +140,7 @@ def split(work, rows):
   if n == 1:
     return done
   padded = np.pad(done, (0, size - len(done)))
-  # As pairs of words: on a device a float64 would be rounded.
+  # Sent as pairs of uint32: JAX would round a float64.
   words = multihost_utils.process_allgather(padded.view(np.uint32), tiled=True)
   return words.view(np.float64)[:rows]
 
@@ -172,7 +176,7 @@ def first(number):
 
 
 def differing(values):
-  """Return the names whose JSON-ready values are not the same everywhere."""
+  """Return the names whose JSON-ready values differ between processes."""
   if count() == 1:
     return []
   sums = np.asarray([zlib.crc32(json.dumps(v, sort_keys=True).encode())
@@ -188,10 +192,10 @@ def barrier():
 
 @contextlib.contextmanager
 def together():
-  """Raise in every process the ConfigError that the block raises in any.
+  """Make a ConfigError in one process's block an error in all processes.
 
-  The block must not communicate: where it fails in one process, the others
-  come to its end and wait there.
+  The block must not communicate: if it fails in one process, the others still
+  run it to the end and wait there.
   """
   error, said = None, b''
   try:
@@ -210,10 +214,10 @@ def together():
 
 
 def in_turn(make):
-  """Return make(), which process 0 calls first: it may fill a shared cache.
+  """Return make(). Process 0 calls it first, as it may fill a shared cache.
 
   Raises:
-    config.ConfigError: of any process, in all of them.
+    config.ConfigError: in all processes, if make() raises it in any.
   """
   made = None
   for turn in (True, False):

@@ -1,13 +1,15 @@
-"""Estimators of the optimal coefficient: what is measured, and lambda from it.
+"""Estimators of the optimal coefficient lambda from measured gradients.
 
-Every estimator is a pure function (view, config.OCC) -> `Estimate`. To add
-one: a function here, its name in `ESTIMATORS` and `config.ESTIMATORS`, a test
-on the quadratic in tests/estimators_test.py. Equations are in occ.py.
+Every estimator is a pure function (Evidence, config.OCC) -> `Estimate`. To add
+one, write a function here, list it in `ESTIMATORS` with the evidence that it
+reads, and add its value on the quadratic to tests/estimators_test.py. The
+equations are in occ.py.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -15,147 +17,174 @@ from mtp_rl import config as config_lib
 from mtp_rl import occ, tree
 
 
-class View(NamedTuple):
-  """What an estimator may ask of a minibatch.
+class Evidence(NamedTuple):
+  """What is measured of a minibatch; None where the estimator does not read it.
 
-  Entries but the last two are functions, so that only what is asked for is
-  computed. All gradients ascend: g_RL = grad J, g_k = -grad L_k.
+  Gradients are ascent directions: g_RL = grad J, g_k = -grad L_k.
 
   Attributes:
-    deltas: () -> delta_RL [B, S], delta_MTP [B, S, K]; see `occ.deltas`.
-    readout: () -> g_RL, [g_1 .. g_K] over embedding, final norm and output
-      head, the trunk's output held fixed.
-    gradients: () -> g_RL, [g_1 .. g_K] over theta.
-    heads: () -> [g_1 .. g_K] over theta.
-    parts: () -> pairs like `gradients` of disjoint samples, their sum.
-    directional: direction -> g_RL and H direction; see `occ.directional`.
-    precondition: tree -> tree, the optimiser's P up to its scale.
-    ahead: lambda [K] -> J of held-out rollouts after the update by lambda.
+    deltas: delta_RL [B, S], delta_MTP [B, S, K]; see `occ.deltas`.
+    readout: (g_RL, [g_1 .. g_K]) over embedding, final norm and output head,
+      with the trunk's output held fixed.
+    gradients: (g_RL, [g_1 .. g_K]) over theta.
+    parts: list of pairs like `gradients`, one for each of the disjoint parts
+      of the minibatch; their sum is `gradients`.
+    hessian: [H g_1 .. H g_K] over theta, H the Hessian of J.
+    precondition: function g -> P g, P the optimiser's preconditioner, known
+      up to its scale.
+    ahead: function lambda [K] -> J of held-out rollouts after the update with
+      that lambda.
     eta: float32 [], step size.
-    smoothness: float32 [], L eta as tracked.
+    smoothness: float32 [], tracked average of L eta.
   """
-  deltas: Callable
-  readout: Callable
-  gradients: Callable
-  heads: Callable
-  parts: Callable
-  directional: Callable
-  precondition: Callable
-  ahead: Callable
-  eta: Any
-  smoothness: Any
+  deltas: tuple
+  readout: tuple | None = None
+  gradients: tuple | None = None
+  parts: list | None = None
+  hessian: list | None = None
+  precondition: Callable | None = None
+  ahead: Callable | None = None
+  eta: Any = 0.
+  smoothness: Any = None
 
 
 class Estimate(NamedTuple):
-  """What an estimator found.
+  """The result of an estimator.
 
   Attributes:
     lam: float32 [K], neither bounded nor averaged.
-    products: `occ.Products` that it comes from.
-    gradients: (g_RL, [g_k]) over theta where they were computed, else None.
-    info: further numbers by name for the metrics, or None.
+    products: `occ.Products` of the gradients or their proxies, for metrics
+      and `occ.guard`.
+    info: further numbers by name for the metrics.
   """
   lam: jax.Array
   products: occ.Products
-  gradients: Any = None
-  info: dict | None = None
+  info: dict = {}  # noqa: RUF012
 
 
-def _dot(config):
+def _dot(config: config_lib.OCC):
   """Return the inner product over the parameters of config.scope."""
   return lambda a, b: tree.dot(tree.scope(a, config.scope),
                                tree.scope(b, config.scope))
 
 
-def logprob(view, config):
-  """The paper's: log-probability changes stand in for gradients, free."""
-  products = occ.logprob_products(*view.deltas())
+def logprob(evidence, config: config_lib.OCC):
+  """The paper's: log-prob changes as proxies of gradients, at no cost."""
+  products = occ.logprob_products(*evidence.deltas)
   return Estimate(occ.coefficient(products, config), products)
 
 
-def authors(view, config):
-  """The authors' code: the mean of element-wise ratios, over padding too."""
-  d_rl, d_mtp = view.deltas()
+def authors(evidence, config: config_lib.OCC):
+  """The authors' code: the mean of element-wise ratios, padding included."""
+  d_rl, d_mtp = evidence.deltas
   lam = occ.authors_coefficient(d_rl, d_mtp, config.lambda_plus, config.eps)
   return Estimate(lam, occ.logprob_products(d_rl, d_mtp))
 
 
-def readout(view, config):
-  """Gradients where the heads leave the trunk: no backward pass of its own."""
-  products = occ.gradient_products(*view.readout(), tree.dot)
+def readout(evidence, config: config_lib.OCC):
+  """Gradients of the readout parameters: no extra pass through the trunk."""
+  products = occ.gradient_products(*evidence.readout, tree.dot)
   return Estimate(occ.coefficient(products, config), products)
 
 
-def exact(view, config):
-  """lambda_+ c / v^2 of the gradients themselves, of one batch."""
-  gradients = view.gradients()
-  products = occ.gradient_products(*gradients, _dot(config))
-  return Estimate(occ.coefficient(products, config), products, gradients)
+def exact(evidence, config: config_lib.OCC):
+  """lambda_+ c / v^2 with the true gradients of one minibatch."""
+  products = occ.gradient_products(*evidence.gradients, _dot(config))
+  return Estimate(occ.coefficient(products, config), products)
 
 
-def preconditioned(view, config):
-  """The same for the optimiser's step P g; see `occ`."""
-  g_rl, g = view.gradients()
-  dot = _dot(config)
-  p_rl, p = view.precondition(g_rl), [view.precondition(x) for x in g]
+def preconditioned(evidence, config: config_lib.OCC):
+  """As `exact`, for the step P g; see `occ.preconditioned_coefficient`."""
+  (g_rl, g), dot = evidence.gradients, _dot(config)
+  p_rl, p = evidence.precondition(g_rl), list(map(evidence.precondition, g))
   first = occ.Products(jnp.stack([dot(g_rl, x) for x in p]), None,
                        dot(g_rl, p_rl))
   products = occ.gradient_products(p_rl, p, dot)
   return Estimate(occ.preconditioned_coefficient(first, products, config),
-                  occ.gradient_products(g_rl, g, dot), (g_rl, g))
+                  occ.gradient_products(g_rl, g, dot))
 
 
-def cross_fitted(view, config):
-  """c from disjoint samples, the penalty from the step, L eta as tracked."""
-  (g_rl, g), dot = view.gradients(), _dot(config)
-  products = occ.gradient_products(g_rl, g, dot)
-  cross = occ.cross_products(view.parts(), products.c, dot)
-  lam = occ.cross_fitted_coefficient(cross, products, view.smoothness, config)
-  info = {'c_cross': jnp.sum(cross), 'smoothness': view.smoothness}
-  return Estimate(lam, products, (g_rl, g), info)
+def cross_fitted(evidence, config: config_lib.OCC):
+  """c across disjoint samples, penalty of the actual step, tracked L eta."""
+  dot, smoothness = _dot(config), evidence.smoothness
+  products = occ.gradient_products(*evidence.gradients, dot)
+  cross = occ.cross_products(evidence.parts, products.c, dot)
+  lam = occ.cross_fitted_coefficient(cross, products, smoothness, config)
+  return Estimate(lam, products,
+                  {'c_cross': jnp.sum(cross), 'smoothness': smoothness})
 
 
-def curvature(view, config):
-  """lambda*_H, the maximum of the second-order form; `exact` as fallback."""
-  g, hg = view.heads(), []
-  for direction in g:
-    g_rl, product = view.directional(direction)
-    hg.append(product)
+def curvature(evidence, config: config_lib.OCC):
+  """lambda*_H, which maximises the second-order form; falls back to `exact`."""
+  (g_rl, g), hg = evidence.gradients, evidence.hessian
   products = occ.gradient_products(g_rl, g, tree.dot)
   rl_h_mtp = jnp.stack([tree.dot(g_rl, x) for x in hg])
   mtp_h_mtp = jnp.stack([jnp.stack([tree.dot(a, b) for b in hg]) for a in g])
   lam, usable = occ.curvature_coefficient(
-      products, rl_h_mtp, mtp_h_mtp, view.eta,
+      products, rl_h_mtp, mtp_h_mtp, evidence.eta,
       occ.coefficient(products, config))
   info = {'rl_h_mtp': jnp.sum(rl_h_mtp), 'mtp_h_mtp': jnp.trace(mtp_h_mtp),
           'concave': usable.astype(jnp.float32)}
-  return Estimate(lam, products, (g_rl, g), info)
+  return Estimate(lam, products, info)
 
 
-def oracle(view, config, points=21, sweeps=40):
-  """The lambda best on held-out rollouts, by line search.
+def oracle(evidence, config: config_lib.OCC, points=21, sweeps=40):
+  """The lambda with the highest J on held-out rollouts, by line search.
 
-  `points` lambdas between the bounds, then the vertex of the parabola
-  through the best and its neighbours; K > 1 goes round the coordinates
-  `sweeps` times. For diagnosis only: it needs rollouts that the update does
-  not see, and finite bounds.
+  The search tries `points` lambdas between the bounds and takes the vertex of
+  the parabola through the best one and its neighbours. For K > 1 it searches
+  one coordinate after another, `sweeps` times over. For diagnosis only: it
+  needs rollouts that the update does not see, and finite bounds.
   """
-  gradients = view.gradients()
-  products = occ.gradient_products(*gradients, _dot(config))
+  products = occ.gradient_products(*evidence.gradients, _dot(config))
   k = products.c.shape[0]
   grid = jnp.linspace(config.lambda_min, config.lambda_max, points)
 
   def search(n, lam):
-    at = lambda x: view.ahead(lam.at[n % k].set(x))
+    at = lambda x: evidence.ahead(lam.at[n % k].set(x))
     return lam.at[n % k].set(occ.vertex(grid, jax.lax.map(at, grid)))
 
   rounds = k * sweeps if k > 1 else 1
   lam = jax.lax.fori_loop(0, rounds, search, jnp.zeros((k,), grid.dtype))
-  return Estimate(lam, products, gradients)
+  return Estimate(lam, products)
 
 
-ESTIMATORS = dict(logprob=logprob, authors=authors, readout=readout,
-                  exact=exact, preconditioned=preconditioned,
-                  cross_fitted=cross_fitted, curvature=curvature,
-                  oracle=oracle)
-assert tuple(ESTIMATORS) == config_lib.ESTIMATORS
+class Estimator(NamedTuple):
+  """An estimator and the evidence that it needs.
+
+  Attributes:
+    rule: (Evidence, config.OCC) -> `Estimate`.
+    reads: names of the `Evidence` fields to compute in addition to the deltas:
+      readout, gradients, parts (needs gradients) or hessian.
+  """
+  rule: Callable
+  reads: tuple = ()
+
+  @property
+  def in_parts(self):
+    """Whether it needs minibatches processed in occ.disjoint_parts parts."""
+    return bool({'gradients', 'hessian'} & set(self.reads))
+
+  def __call__(self, evidence, config: config_lib.OCC, **kw):
+    """Check the shapes of the evidence and return the `Estimate`."""
+    d_rl, d_mtp = evidence.deltas
+    chex.assert_rank([d_rl, d_mtp], [2, 3])
+    chex.assert_equal_shape_prefix([d_rl, d_mtp], 2)
+    for _, g in filter(None, (evidence.readout, evidence.gradients)):
+      assert len(g) == d_mtp.shape[-1], (len(g), d_mtp.shape)
+    estimate = self.rule(evidence, config, **kw)
+    chex.assert_shape(estimate.lam, d_mtp.shape[-1:])
+    return estimate
+
+
+ESTIMATORS = {
+    'logprob': Estimator(logprob),
+    'authors': Estimator(authors),
+    'readout': Estimator(readout, ('readout',)),
+    'exact': Estimator(exact, ('gradients',)),
+    'preconditioned': Estimator(preconditioned, ('gradients',)),
+    'cross_fitted': Estimator(cross_fitted, ('gradients', 'parts')),
+    'curvature': Estimator(curvature, ('hessian',)),
+    'oracle': Estimator(oracle, ('gradients',)),
+}
+TRAINABLE = tuple(n for n in ESTIMATORS if n != 'oracle')

@@ -1,6 +1,6 @@
-"""Metrics to JSONL and TensorBoard; one JSON object a line, with 'step'.
+"""Metrics to JSONL and TensorBoard; one JSON object per line, with 'step'.
 
-Of several processes one writes, see distributed.py; all may call.
+Every process may call these functions; process 0 alone writes.
 """
 
 import json
@@ -12,16 +12,17 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from mtp_rl import config as config_lib
 from mtp_rl import distributed
 
-# What differs between two runs of the same arithmetic.
+# Prefixes of metrics that differ between two otherwise equal runs.
 VOLATILE = ('timing_s/', 'rollout/tokens_per_s')
 
 
 def read(path):
   """Return the rows of a JSONL file; [] where there is none.
 
-  A last line that a kill cut short is left out.
+  A last line that a kill cut short is ignored.
   """
   rows = []
   if os.path.exists(path):
@@ -34,14 +35,29 @@ def read(path):
   return rows
 
 
-def plain(values):
-  """Return a dict of Python numbers; NaN and infinities become None."""
-  out = {}
-  for name, value in values.items():
-    value = np.asarray(value).item()
-    finite = not isinstance(value, float) or math.isfinite(value)
-    out[name] = value if finite else None
-  return out
+def to_json(x, digits=None):
+  """Return x as JSON-ready values.
+
+  Named tuples become dicts, arrays lists, NaN and infinities None.
+
+  Args:
+    x: numbers, arrays, texts, None, and dicts, lists and tuples of them.
+    digits: significant digits of floats; None: all.
+  """
+  if hasattr(x, '_asdict'):
+    x = x._asdict()
+  if isinstance(x, dict):
+    return {str(k): to_json(v, digits) for k, v in x.items()}
+  if isinstance(x, (list, tuple)) or np.ndim(x):
+    return [to_json(v, digits) for v in x]
+  if x is None or isinstance(x, (str, bool)):
+    return x
+  x = np.asarray(x).item()
+  if not isinstance(x, float):
+    return x
+  if not math.isfinite(x):
+    return None
+  return float(f'{x:.{digits}g}') if digits else x
 
 
 def keep_until(path, step):
@@ -75,7 +91,7 @@ class Writer:
 
   def write(self, step, values):
     """Write one row, and return it."""
-    row = {'step': int(step), **plain(values)}
+    row = {'step': int(step), **to_json(values)}
     if self._file is None:
       return row
     self._file.write(json.dumps(row) + '\n')
@@ -93,8 +109,8 @@ class Writer:
     self._events.close()
 
 
-def progress(config, total, start, name):
-  """Return a progress bar on stderr, silent without run.progress."""
+def progress(config: config_lib.Config, total, start, name):
+  """Return a progress bar on stderr, disabled unless run.progress is set."""
   return tqdm.tqdm(total=total, initial=start, desc=name, file=sys.stderr,
                    disable=not (config.run.progress
                                 and distributed.is_writer()),
@@ -103,7 +119,7 @@ def progress(config, total, start, name):
 
 
 def write_json(path, values):
-  """Write a JSON file in one move, so that a kill leaves the old or the new."""
+  """Write a JSON file atomically: a kill leaves the old file or the new one."""
   if not distributed.is_writer():
     return
   with open(path + '.part', 'w', encoding='utf-8') as f:

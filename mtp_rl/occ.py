@@ -1,8 +1,9 @@
-"""Optimal coefficient calibration: every equation of the method, once.
+"""Optimal coefficient calibration (OCC): the equations of the method.
 
 Wang et al., arXiv 2605.28184. theta: the parameters that the RL objective J
 and the MTP objectives share. One update is theta + eta (g_RL + G lambda) with
-g_RL = grad J and the columns g_k of G the ascent directions of K MTP heads.
+g_RL = grad J and the columns g_k of G the ascent directions of the K MTP
+modules.
 
   c_k = <g_RL, g_k>     Gram_kl = <g_k, g_l>     v_k^2 = Gram_kk
 
@@ -11,14 +12,16 @@ Everything here is a pure function of arrays; K >= 1 throughout.
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
+from mtp_rl import config as config_lib
 from mtp_rl import types
 
 
 class Products(NamedTuple):
-  """Inner products of one minibatch, of gradients or of their stand-ins.
+  """Inner products of one minibatch's gradients, or of their proxies.
 
   Attributes:
     c: float32 [K], <g_RL, g_k>.
@@ -31,35 +34,35 @@ class Products(NamedTuple):
 
 
 def decomposition(lam, c, v2, eta, smoothness):
-  """Return Delta_MTP(lambda), the part of J's lower bound owed to MTP.
+  """Return Delta_MTP(lambda), what MTP adds to the lower bound on J's gain.
 
   Delta = eta lambda (1 - L eta) c  -  L eta^2 lambda^2 / 2 v^2
 
   Args:
-    lam, c, v2: arrays of one shape (one head).
+    lam, c, v2: arrays of one shape, of one MTP module.
     eta: step size.
-    smoothness: L, J's Lipschitz constant of the gradient.
+    smoothness: L, the Lipschitz constant of grad J.
   """
   return (eta * lam * (1 - smoothness * eta) * c
           - smoothness * eta ** 2 * lam ** 2 / 2 * v2)
 
 
 def decomposition_cross(lam, c_cross, c_same, v2, eta, smoothness):
-  """Return Delta_MTP(lambda) with the two roles of c told apart, one head.
+  """Return Delta_MTP(lambda) of one module, with c apart for gain and penalty.
 
   Delta = eta lambda c_cross - L eta^2 lambda c_same - L eta^2 lambda^2 / 2 v^2
 
-  What a step gains in expectation depends on the objective's own slope along
-  g_MTP, and c_cross, from disjoint samples, estimates it without the noise
-  that g_RL and g_MTP of one batch share; the penalty is that of the very step
-  taken. c_cross = c_same is `decomposition`.
+  The expected gain of a step depends on the true slope of J along g_MTP.
+  c_cross, from disjoint samples, estimates it without the noise that g_RL and
+  g_MTP of one batch share. The penalty is that of the step actually taken, so
+  it keeps c_same. With c_cross = c_same this is `decomposition`.
   """
   return (eta * lam * c_cross
           - smoothness * eta ** 2 * (lam * c_same + lam ** 2 / 2 * v2))
 
 
 def decomposition_curvature(lam, c, rl_h_mtp, mtp_h_mtp, eta):
-  """Return the second-order Taylor form of Delta_MTP(lambda), one head.
+  """Return the second-order Taylor form of Delta_MTP(lambda), one module.
 
   Delta = lambda eta c + lambda eta^2 g_RL'H g_MTP
           + lambda^2 eta^2 / 2 g_MTP'H g_MTP
@@ -74,20 +77,20 @@ def lambda_plus(eta, smoothness):
 
 
 def best_gain(c, v2, smoothness, eta):
-  """Return Delta_MTP(lambda*) = (1 - L eta)^2 c^2 / (2 L v^2), one head."""
+  """Return Delta_MTP(lambda*) = (1 - L eta)^2 c^2 / (2 L v^2), one module."""
   return (1 - smoothness * eta) ** 2 * c ** 2 / (2 * smoothness * v2)
 
 
 def helpful_interval(star):
-  """Return the lambdas between which Delta_MTP > 0: 0 and 2 lambda*."""
+  """Return (low, high) between which Delta_MTP > 0: 0 and 2 lambda*, sorted."""
   return jnp.minimum(0., 2 * star), jnp.maximum(0., 2 * star)
 
 
-def solve(gram, rhs, config):
-  """Return Gram^-1 rhs, or rhs_k / v_k^2 with `config.OCC.heads` 'per_head'.
+def solve(gram, rhs, config: config_lib.OCC):
+  """Return Gram^-1 rhs, or rhs_k / v_k^2 where occ.solver is 'per_module'.
 
   K = 1 is the paper's division by v^2 + eps. For K > 1 a ridge of eps plus
-  1e-6 of the mean v^2 keeps (nearly) parallel heads solvable.
+  1e-6 of the mean v^2 keeps (nearly) parallel g_k solvable.
 
   Args:
     gram: [K, K].
@@ -95,21 +98,23 @@ def solve(gram, rhs, config):
     config: `config.OCC`.
   """
   k = rhs.shape[0]
-  if k == 1 or config.heads == 'per_head':
+  if k == 1 or config.solver == 'per_module':
     return rhs / (jnp.diagonal(gram) + config.eps)
   ridge = config.eps + 1e-6 * jnp.trace(gram) / k
   return jnp.linalg.solve(gram + ridge * jnp.eye(k), rhs)
 
 
-def coefficient(products, config):
+def coefficient(products, config: config_lib.OCC):
   """Return lambda = lambda_+ Gram^-1 c, unbounded, [K]."""
   return config.lambda_plus * solve(products.gram, products.c, config)
 
 
-def cross_fitted_coefficient(cross, products, smoothness, config):
+def cross_fitted_coefficient(cross, products, smoothness,
+                             config: config_lib.OCC):
   """Return lambda* = Gram^-1 (c_cross / (L eta) - c_same), [K].
 
-  The maximum of `decomposition_cross`; c_cross = c_same is lambda_+ c / v^2.
+  It maximises `decomposition_cross`; with c_cross = c_same it is
+  lambda_+ c / v^2.
 
   Args:
     cross: [K], <g_RL, g_k> across disjoint samples.
@@ -136,23 +141,24 @@ def cross_products(parts, c, dot):
   """
   n = len(parts)
   if n < 2:
-    raise ValueError('c_cross needs disjoint parts; make the Minibatch with '
-                     'pieces >= 2')
+    raise ValueError('c_cross needs disjoint parts; set occ.disjoint_parts '
+                     '>= 2')
   within = [sum(dot(rl, g[k]) for rl, g in parts) for k in range(len(c))]
   return n / (n - 1) * (c - jnp.stack(within))
 
 
-def preconditioned_coefficient(first, products, config):
+def preconditioned_coefficient(first, products, config: config_lib.OCC):
   """Return lambda* of a step eta P (g_RL + lambda g_MTP), [K].
 
   Delta = eta lambda <g_RL, P g> - L eta^2 lambda <P g_RL, P g>
           - L eta^2 lambda^2 ||P g||^2 / 2,  with 1 / (L eta) = 1 + lambda_+.
 
-  Only P's shape is known, not its scale (that is in the learning rate): P is
-  scaled so that <g_RL, P g_RL> = ||P g_RL||^2, and P = 1 is lambda_+ c / v^2.
+  P is known only up to its scale, which the learning rate sets; it is scaled
+  here so that <g_RL, P g_RL> = ||P g_RL||^2. P = 1 gives lambda_+ c / v^2.
 
   Args:
-    first: `Products` with one factor P: <g_RL, P g_k>, -, <g_RL, P g_RL>.
+    first: `Products` with one factor P: c is <g_RL, P g_k>, rl is
+      <g_RL, P g_RL>, gram is not read.
     products: `Products` of the preconditioned gradients P g.
     config: `config.OCC`.
   """
@@ -169,25 +175,29 @@ def gradient_products(g_rl, g, dot):
                   dot(g_rl, g_rl))
 
 
-def deltas(main, heads, old_main, reference, mask, head_mask):
+def deltas(main, mtp, old_main, reference, mask, mtp_mask):
   """Return delta_RL [B, S] and delta_MTP [B, S, K], without gradient.
 
   delta_RL = log pi - log pi_old,  delta_MTP = log pi^MTP - reference, both
-  float32 and 0 at tokens that the head does not predict.
+  float32 and 0 outside the masks.
 
   Args:
-    main, old_main: [B, S].
-    heads, reference: [B, S, K].
-    mask: bool [B, S].
-    head_mask: bool [B, S, K].
+    main, old_main: [B, S], log-probs of the main head, now and at rollout.
+    mtp, reference: [B, S, K], of the modules; see `objectives.mtp.reference`.
+    mask: bool [B, S], response tokens.
+    mtp_mask: bool [B, S, K], response tokens that depth k can predict.
   """
+  chex.assert_rank(main, 2)
+  chex.assert_equal_shape([main, old_main, mask])
+  chex.assert_equal_shape([mtp, reference, mtp_mask])
+  chex.assert_equal_shape_prefix([main, mtp], 2)
   d_rl = jnp.where(mask, main - old_main, 0.).astype(jnp.float32)
-  d_mtp = jnp.where(head_mask, heads - reference, 0.).astype(jnp.float32)
+  d_mtp = jnp.where(mtp_mask, mtp - reference, 0.).astype(jnp.float32)
   return jax.lax.stop_gradient((d_rl, d_mtp))
 
 
 def logprob_products(d_rl, d_mtp):
-  """Return the paper's stand-ins for the inner products of gradients.
+  """Return the paper's proxies of the inner products of gradients.
 
   c = <delta_RL, delta_MTP>,  v^2 = ||delta_MTP||^2, sums over all tokens of
   the minibatch (see `deltas`).
@@ -234,12 +244,12 @@ def directional(objective, theta, direction):
 def curvature_coefficient(products, rl_h_mtp, mtp_h_mtp, eta, fallback):
   """Return lambda*_H, the maximum of the second-order Taylor form, [K].
 
-  lambda*_H = -(c + eta g_RL'H g_MTP) / (eta g_MTP'H g_MTP); for K heads the
+  lambda*_H = -(c + eta g_RL'H g_MTP) / (eta g_MTP'H g_MTP); for K modules the
   solution of  -eta G'HG lambda = c + eta G'H g_RL.
 
-  Only where G'HG is negative definite does that maximum exist. Elsewhere J
-  grows without bound along some combination of heads as far as second order
-  can see, and `fallback` (the bound form's lambda_+ Gram^-1 c) is returned.
+  That maximum exists only where G'HG is negative definite. Elsewhere the
+  second-order form grows without bound along some combination of modules, and
+  `fallback` (lambda_+ Gram^-1 c of the lower bound) is returned.
 
   Args:
     products: `Products` of the exact gradients.
@@ -267,10 +277,10 @@ def curvature_coefficient(products, rl_h_mtp, mtp_h_mtp, eta, fallback):
 
 
 def vertex(grid, values):
-  """Return the argument of the maximum of a function sampled on a grid.
+  """Return where a function sampled on a grid is largest, float [].
 
-  The vertex of the parabola through the best point and its two neighbours
-  (through the three outermost points at an end), clipped to the grid.
+  This is the vertex of the parabola through the best point and its two
+  neighbours (at an end: the three outermost points), clipped to the grid.
 
   Args:
     grid: [n], evenly spaced, ascending, n >= 3.
@@ -285,23 +295,23 @@ def vertex(grid, values):
   return jnp.clip(best, grid[0], grid[-1])
 
 
-def initial_state(heads, plus=1.):
-  """Return the `types.OccState` before the first update of K heads.
+def initial_state(modules, plus=1.):
+  """Return the `types.OccState` before the first update of K modules.
 
-  L eta starts where lambda_+ = (1 - L eta) / (L eta) puts it.
+  L eta starts at 1 / (1 + plus), where lambda_+ = (1 - L eta) / (L eta) holds.
   """
   # Checkpoints hold no empty arrays: K = 0 keeps one unused entry.
-  return types.OccState(jnp.zeros((max(heads, 1),), jnp.float32), jnp.int32(0),
-                        jnp.float32(1 / (1 + plus)))
+  return types.OccState(jnp.zeros((max(modules, 1),), jnp.float32),
+                        jnp.int32(0), jnp.float32(1 / (1 + plus)))
 
 
 def smoothness_ratio(predicted, achieved, length):
-  """Return L eta of a step u = eta d from what it achieved, one number.
+  """Return L eta, float [], of a step u = eta d from the gain that it achieved.
 
   predicted = <g_RL, u>, achieved = J(theta + u) - J(theta), length = <d, u>:
   achieved = predicted - L eta^2 ||d||^2 / 2, so
-  L eta = 2 (predicted - achieved) / length. For another optimiser than SGD
-  this defines the L that its step meets.
+  L eta = 2 (predicted - achieved) / length. For optimisers other than SGD this
+  defines an effective L along their step.
   """
   return 2 * (predicted - achieved) / length
 
@@ -309,8 +319,8 @@ def smoothness_ratio(predicted, achieved, length):
 def track_smoothness(state, ratio, decay=.9, low=.05):
   """Return the OccState with a new L eta averaged in.
 
-  Values are clipped to [low, 1] (lambda_+ from (1 - low) / low to 0), and one
-  that is not finite is left out.
+  Values are clipped to [low, 1] (lambda_+ from (1 - low) / low to 0); a value
+  that is not finite is ignored.
   """
   good = jnp.isfinite(ratio)
   ratio = jnp.clip(jnp.where(good, ratio, 1.), low, 1.)
@@ -326,8 +336,8 @@ def guard(lam, products, rho):
       length > 0, length, 1.), 1.)
 
 
-def track(state, lam, config):
-  """Bound lambda, average it over updates, and carry the average on.
+def track(state, lam, config: config_lib.OCC):
+  """Bound lambda and average it over updates.
 
   A lambda that is not finite counts as 0. The moving average is corrected for
   its zero start (as in Adam), and each new value is clipped to

@@ -1,13 +1,14 @@
-"""AdamW with theta and psi clipped apart (or under one joint norm)."""
+"""AdamW with theta and psi clipped separately (or by one joint norm)."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtp_rl import config as config_lib
 from mtp_rl import tree
 
 
-def schedule(lr, optim, updates):
+def schedule(lr, optim: config_lib.Optim, updates):
   """Return the learning rate as a function of the update count.
 
   Args:
@@ -15,17 +16,17 @@ def schedule(lr, optim, updates):
     optim: `config.Optim`.
     updates: updates of the whole run, for 'cosine' and 'linear' decay to 0.
   """
-  rest = max(updates - optim.warmup, 1)
+  rest = max(updates - optim.ramp, 1)
   after = {
       'constant': optax.constant_schedule(lr),
       'cosine': optax.cosine_decay_schedule(lr, rest),
       'linear': optax.linear_schedule(lr, 0., rest),
   }[optim.schedule]
-  if not optim.warmup:
+  if not optim.ramp:
     return after
-  # Starts at lr / warmup, not 0: the first update must not be lost.
-  ramp = optax.linear_schedule(lr / optim.warmup, lr, optim.warmup)
-  return optax.join_schedules([ramp, after], [optim.warmup])
+  # Starts at lr / ramp, not 0: at 0 the first update would do nothing.
+  ramp = optax.linear_schedule(lr / optim.ramp, lr, optim.ramp)
+  return optax.join_schedules([ramp, after], [optim.ramp])
 
 
 def decayed(params):
@@ -34,14 +35,14 @@ def decayed(params):
       lambda keys, _: tree.path(keys[-1:]) in ('kernel', 'embedding'), params)
 
 
-def make(optim, rate, train_head=True, train_shared=True):
+def make(optim: config_lib.Optim, rate, train_psi=True, train_theta=True):
   """Return the optax transformation of a run.
 
   Args:
     optim: `config.Optim`.
     rate: learning rate or schedule.
-    train_head: False freezes the MTP modules, weight decay included (rl_only).
-    train_shared: False freezes everything else (warmup.train=mtp).
+    train_psi: False freezes the MTP modules, weight decay included (rl_only).
+    train_theta: False freezes everything else (warmup.train=mtp).
 
   Returns:
     optax.GradientTransformation for a params tree that `tree.labels` covers.
@@ -49,26 +50,27 @@ def make(optim, rate, train_head=True, train_shared=True):
   clip = (optax.clip_by_global_norm(optim.clip) if optim.clip
           else optax.identity())
   if optim.clip and optim.clip_mode == 'separate':
-    clip = optax.partition({'shared': clip, 'head': clip}, tree.labels)
+    clip = optax.partition({'theta': clip, 'psi': clip}, tree.labels)
   steps = optax.chain(
       clip, optax.adamw(
           rate, optim.b1, optim.b2, optim.eps, mu_dtype=optim.mu_dtype,
           weight_decay=optim.weight_decay, mask=decayed))
-  if train_head and train_shared:
+  if train_psi and train_theta:
     return steps
   frozen = optax.set_to_zero()
-  return optax.partition({'shared': steps if train_shared else frozen,
-                          'head': steps if train_head else frozen},
+  return optax.partition({'theta': steps if train_theta else frozen,
+                          'psi': steps if train_psi else frozen},
                          tree.labels)
 
 
-def preconditioner(opt_state, optim):
+def preconditioner(opt_state, optim: config_lib.Optim):
   """Return g -> P g over theta, Adam's 1 / (sqrt(nu_hat) + eps).
 
-  nu is what the updates before this one left; before the first, P = 1.
+  nu is Adam's second moment after the previous update; before the first
+  update, P = 1.
 
   Args:
-    opt_state: state of a transformation of `make`.
+    opt_state: state of a transformation that `make` returned.
     optim: `config.Optim`.
   """
   adam = optax.tree_utils.tree_get(opt_state, 'ScaleByAdamState')
@@ -79,5 +81,5 @@ def preconditioner(opt_state, optim):
     return jax.tree.map(
         lambda x, nu: jnp.where(
             fresh, x, x / (jnp.sqrt(nu * scale) + optim.eps)),
-        g, tree.shared(adam.nu))
+        g, tree.theta(adam.nu))
   return apply

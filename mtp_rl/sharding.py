@@ -1,8 +1,8 @@
 """The mesh, the one table of parameter shardings, and activation constraints.
 
-Batches are split over 'data', 'fsdp' and 'expert', parameters over 'fsdp' and
-'model', experts over 'expert' as well.
-The same code runs on one CPU and on a slice: a mesh of ones is a mesh.
+Batches are split over 'data', 'fsdp' and 'expert'; parameters over 'fsdp' and
+'tensor', those of experts over 'expert' as well. One CPU is a mesh with all
+axes of size 1, so the same code runs there and on a slice.
 """
 
 import math
@@ -16,31 +16,31 @@ from jax.sharding import PartitionSpec as P
 from mtp_rl import config as config_lib
 from mtp_rl import tree as tree_lib
 
-AXES = ('data', 'fsdp', 'model', 'expert')
+AXES = ('data', 'fsdp', 'tensor', 'expert')
 BATCH = ('data', 'fsdp', 'expert')
 
 # Path pattern -> spec of the *last* dimensions, so that stacked layers and
-# the optimiser's moments fall under the rule of their parameter. The first
-# match counts; what matches nothing is replicated.
+# the optimiser's moments follow the rule of their parameter. The first match
+# counts; a parameter without a match is replicated.
 RULES = (
-    (r'experts/(gate|up)/kernel$', ('expert', 'fsdp', 'model')),
-    (r'experts/down/kernel$', ('expert', 'model', 'fsdp')),
-    (r'embed/embedding$', ('model', 'fsdp')),
-    (r'lm_head/kernel$', ('fsdp', 'model')),
-    (r'(query|key|value|gate|up)/kernel$', ('fsdp', 'model')),
-    (r'(query|key|value)/bias$', ('model',)),
-    (r'(out|down)/kernel$', ('model', 'fsdp')),
-    (r'proj/kernel$', ('fsdp', 'model')),
+    (r'experts/(gate|up)/kernel$', ('expert', 'fsdp', 'tensor')),
+    (r'experts/down/kernel$', ('expert', 'tensor', 'fsdp')),
+    (r'embed/embedding$', ('tensor', 'fsdp')),
+    (r'lm_head/kernel$', ('fsdp', 'tensor')),
+    (r'(query|key|value|gate|up)/kernel$', ('fsdp', 'tensor')),
+    (r'(query|key|value)/bias$', ('tensor',)),
+    (r'(out|down)/kernel$', ('tensor', 'fsdp')),
+    (r'proj/kernel$', ('fsdp', 'tensor')),
 )
 
 
-def make_mesh(mesh_config, devices=None):
+def make_mesh(mesh_config: config_lib.Mesh, devices=None):
   """Return the device mesh of a config.
 
   Args:
     mesh_config: `config.Mesh`.
-    devices: of a slice that is not here, which the mesh must fill; None:
-      this machine's, as many as the mesh takes.
+    devices: those of a slice to compile for, all of which the mesh must use;
+      None: as many of this machine's devices as the mesh has.
 
   Raises:
     config.ConfigError: there are fewer devices than the mesh has, or more
@@ -53,7 +53,7 @@ def make_mesh(mesh_config, devices=None):
       raise config_lib.ConfigError(
           f'mesh {dict(zip(AXES, shape))} has {size} devices, but the slice '
           f'has {len(devices)}; set --config.mesh.fsdp={len(devices)}, or '
-          'other axes of that product')
+          'other axes with that product')
     return jax.sharding.Mesh(
         np.array(devices).reshape(shape), AXES,
         axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
@@ -65,7 +65,7 @@ def make_mesh(mesh_config, devices=None):
   if size < have and jax.process_count() > 1:
     raise config_lib.ConfigError(
         f'mesh {dict(zip(AXES, shape))} takes {size} of the {have} devices, '
-        f'but each of the {jax.process_count()} processes must work; make '
+        f'but each of the {jax.process_count()} processes must take part; make '
         f'mesh.{", mesh.".join(AXES)} larger')
   return jax.make_mesh(
       shape, AXES, devices=jax.devices()[:size],
@@ -75,8 +75,8 @@ def make_mesh(mesh_config, devices=None):
 def spec(path, shape, mesh):
   """Return the PartitionSpec of one parameter.
 
-  An axis that does not divide its dimension is left out (a vocabulary of 17
-  characters stays whole), which costs memory and never changes a result.
+  A mesh axis that does not divide its dimension is left out (a vocabulary of
+  17 characters stays whole); that costs memory and never changes a result.
 
   Args:
     path: '/'-joined key path.
@@ -98,13 +98,13 @@ def tree_shardings(tree, mesh):
           mesh, spec(tree_lib.path(keys), x.shape, mesh)), tree)
 
 
-def batch_devices(mesh_config):
-  """Return over how many devices a `config.Mesh` splits a batch."""
+def batch_devices(mesh_config: config_lib.Mesh):
+  """Return the number of devices that a `config.Mesh` splits a batch over."""
   return math.prod(getattr(mesh_config, axis) for axis in BATCH)
 
 
 def batch_size(mesh):
-  """Return over how many devices a mesh splits a batch."""
+  """Return the number of devices that a mesh splits a batch over."""
   return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
@@ -114,10 +114,10 @@ def batch_sharding(mesh):
 
 
 def constrain(x, *entries):
-  """Constrain x to a PartitionSpec of `entries`, one an axis.
+  """Constrain x to a PartitionSpec of `entries`, one for each axis of x.
 
-  An axis that does not divide its dimension is left out, and outside a mesh
-  context x is returned as it is.
+  A mesh axis that does not divide its dimension is left out; outside a mesh
+  context x is returned unchanged.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

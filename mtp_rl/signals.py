@@ -1,4 +1,4 @@
-"""Clean ends on Ctrl-C and SIGTERM."""
+"""Clean stops on Ctrl-C and SIGTERM."""
 
 import contextlib
 import signal
@@ -7,10 +7,10 @@ import sys
 
 @contextlib.contextmanager
 def interruptible():
-  """Yield a function that tells whether SIGINT or SIGTERM has come.
+  """Yield a function () -> bool: whether SIGINT or SIGTERM has arrived.
 
-  The first signal asks for a clean end after the step in progress; a second
-  one acts as it would without us.
+  The first signal asks for a clean stop after the step in progress; a second
+  one has the effect it would have without this handler.
   """
   caught, previous = [], {}
 

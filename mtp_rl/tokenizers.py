@@ -18,7 +18,7 @@ _SPECIAL = 3
 
 
 class Ends(NamedTuple):
-  """What fills rows up and what ends them.
+  """The special tokens of padding and of the end of a text.
 
   Attributes:
     pad: token id.
@@ -30,7 +30,7 @@ class Ends(NamedTuple):
 
 
 class CharTokenizer:
-  """One token a character; 0 pads, 1 ends, 2 stands for an unseen one.
+  """One token per character; 0 is padding, 1 EOS, 2 an unknown character.
 
   Attributes:
     characters: the known characters, sorted.
@@ -51,7 +51,7 @@ class CharTokenizer:
   def decode(self, ids):
     """Return the text of token ids up to the first EOS, without padding.
 
-    What is no character becomes U+FFFD, a padding token between others too.
+    Ids without a character become U+FFFD, padding between other tokens too.
     """
     out = []
     for i in _unpadded(ids, self.ends):
@@ -67,7 +67,7 @@ class CharTokenizer:
 
 
 def _unpadded(ids, ends):
-  """Return the list of ids up to the first EOS, without padding around it."""
+  """Return the list of ids up to the first EOS, without outer padding."""
   ids = np.asarray(ids)
   stops = np.flatnonzero(np.isin(ids, ends.eos))
   ids = ids[:stops[0]] if len(stops) else ids
@@ -113,15 +113,15 @@ class SubwordTokenizer:
           f'a tokenizer of {self.vocab_size} tokens cannot end by {ends}')
 
   def encode(self, text):
-    """Return the token ids of a text, adding none; specials are read."""
+    """Return a text's token ids, adding none; special tokens are recognised."""
     return self._inner.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids):
     """Return the text of token ids up to the first EOS, without padding.
 
-    Special tokens are written out, padding between others too, and ids
-    beyond the vocabulary (rows that pad the model's table) as U+FFFD: what a
-    verifier reads must not close over what the model said.
+    Special tokens are written out, padding between other tokens too. Ids
+    beyond the vocabulary (rows that pad the model's table) become U+FFFD. So
+    the verifier sees everything that the model wrote.
     """
     out, run = [], []
     for i in [*_unpadded(ids, self.ends), self.vocab_size]:
@@ -147,7 +147,7 @@ class SubwordTokenizer:
     try:
       return _compile(self.chat_template).render(
           messages=messages, add_generation_prompt=True, **self.names)
-    except Exception as e:  # whatever a foreign template makes of its input
+    except Exception as e:  # a foreign template can raise anything
       raise config_lib.ConfigError(
           'the chat template of the tokenizer fails '
           f'({type(e).__name__}: {str(e).strip()[:200]!r}); set '
@@ -170,22 +170,17 @@ def from_dict(values):
 
 
 def _package(name):
-  try:
-    return __import__(name)
-  except ImportError as e:
-    raise config_lib.ConfigError(
-        f'this tokenizer needs the package {name}; install mtp_rl with the '
-        f"extra 'models' ({e})") from e
+  return config_lib.optional(name, 'this tokenizer', 'models')
 
 
 @functools.lru_cache(maxsize=8)
 def _compile(template):
-  """Return a compiled template that cannot leave its sandbox."""
+  """Return a template compiled in a sandbox."""
   jinja2 = _package('jinja2')
   from jinja2 import sandbox
 
   class Environment(sandbox.ImmutableSandboxedEnvironment):
-    """Refuses powers and repeated texts too, which fill the memory soonest."""
+    """Also refuses powers and repeated texts, which can fill the memory."""
     intercepted_binops = frozenset({'*', '**'})
 
     def call_binop(self, context, operator, left, right):
@@ -224,7 +219,7 @@ def load(path):
 
 
 def _read(folder, name, parse=json.loads):
-  """Return a file of a folder, {} where there is none."""
+  """Return a file of a folder, parsed; {} if there is none."""
   path = os.path.join(folder, name)
   try:
     with open(path, encoding='utf-8') as f:
@@ -262,7 +257,7 @@ def _from_folder(folder):
     pad = more.get('pad_token_id')
   template = (_read(folder, 'chat_template.jinja', str)
               or given.get('chat_template') or '')
-  if isinstance(template, list):  # several by name
+  if isinstance(template, list):  # several templates by name
     template = {t['name']: t['template'] for t in template}.get('default', '')
   return SubwordTokenizer(text, Ends(eos[0] if pad is None else pad, eos),
                           template, names)

@@ -1,4 +1,4 @@
-"""The pure update: gradients, optimiser, tracked coefficient; and its jit."""
+"""One optimiser update as a pure function, and its sharded, jitted form."""
 
 import functools
 from collections.abc import Callable
@@ -6,22 +6,32 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtp_rl import forward, gradients, masked, occ, optim, sharding, tree, types
-from mtp_rl.objectives import logprobs
+from mtp_rl import config as config_lib
+from mtp_rl import (
+  forward,
+  gradients,
+  occ,
+  optim,
+  regimes,
+  sharding,
+  tree,
+  types,
+)
+from mtp_rl.objectives import logprobs, masked
 from mtp_rl.objectives import mtp as mtp_loss
 
 
-def train_step(state, batch, *, config, vocab_size, transform, rate):
+def train_step(state, batch, *, config: config_lib.Config, transform, rate):
   """Return the state after one optimiser update, and its metrics.
 
   Args:
     state: `types.TrainState`.
     batch: `types.RolloutBatch`, one minibatch.
-    config: `config.Config`.
-    vocab_size: V.
+    config: `config.Config`, its vocabulary resolved.
     transform: the optax transformation.
     rate: schedule, update count -> learning rate.
   """
@@ -30,30 +40,30 @@ def train_step(state, batch, *, config, vocab_size, transform, rate):
   measured = o.estimator if config.mtp.regime == 'occ' else None
   precondition = (optim.preconditioner(state.opt_state, config.optim)
                   if measured == 'preconditioned' else None)
-  out = gradients.gradients(
-      state.params, batch, state.occ, config, vocab_size,
-      jnp.float32(o.eta) if o.eta else lr, precondition)
+  out = regimes.update_gradient(
+      state.params, batch, state.occ, config,
+      regimes.Step(jnp.float32(o.eta) if o.eta else lr, precondition))
   after = _apply(state, out.gradient, out.occ, transform)
   if measured == 'cross_fitted':
     tracked = jax.lax.cond(
         state.step % o.probe_every == 0,
-        lambda: _probe(state, after, out, batch, config, vocab_size),
+        lambda: _probe(state, after, out, batch, config),
         lambda: after.occ)
     after = after._replace(occ=tracked)
   metrics = out.metrics | {
-      'grad_norm/policy': tree.norm(tree.shared(out.gradient)),
-      'grad_norm/mtp': tree.norm(tree.head(out.gradient)), 'lr': lr}
+      'grad_norm/theta': tree.norm(tree.theta(out.gradient)),
+      'grad_norm/psi': tree.norm(tree.psi(out.gradient)), 'lr': lr}
   return after, metrics
 
 
-def _probe(before, after, out, batch, config, vocab_size):
-  """Return the OccState with L eta of the update just made averaged in."""
-  move = jax.tree.map(jnp.subtract, tree.shared(after.params),
-                      tree.shared(before.params))
+def _probe(before, after, out, batch, config: config_lib.Config):
+  """Measure L eta of the update just made; return the OccState with it."""
+  move = jax.tree.map(jnp.subtract, tree.theta(after.params),
+                      tree.theta(before.params))
   achieved = gradients.objective(
-      {**after.params, **tree.head(before.params)}, batch, config,
-      vocab_size) - out.objective
-  ascent = jax.tree.map(jnp.negative, tree.shared(out.gradient))
+      {**after.params, **tree.psi(before.params)}, batch,
+      config) - out.objective
+  ascent = jax.tree.map(jnp.negative, tree.theta(out.gradient))
   length = tree.dot(ascent, move)
   ratio = occ.smoothness_ratio(tree.dot(out.g_rl, move), achieved, length)
   return occ.track_smoothness(after.occ,
@@ -62,43 +72,44 @@ def _probe(before, after, out, batch, config, vocab_size):
 
 def _apply(state, grads, tracked, transform):
   updates, opt_state = transform.update(grads, state.opt_state, state.params)
-  params = jax.tree.map(jnp.add, state.params, updates)
-  return types.TrainState(state.step + 1, params, opt_state, tracked)
+  return types.TrainState(state.step + 1,
+                          optax.apply_updates(state.params, updates),
+                          opt_state, tracked)
 
 
-def supervised_step(state, batch, *, config, vocab_size, transform, rate):
+def supervised_step(state, batch, *, config: config_lib.Config, transform,
+                    rate):
   """Return the state after one warm-up update: next-token + MTP losses.
 
   Args:
     batch: `types.Tokens`; the response columns hold the solution.
     The others: see `train_step`.
 
-  With warmup.train='mtp' only the MTP modules are differentiated, and how
-  often their argmax is the main head's is among the metrics.
+  With warmup.train='mtp' only the MTP modules get a gradient, and the metrics
+  include how often a module's argmax equals the main head's.
   """
-  alone = config.warmup.train == 'mtp'
-  responses = config.rollout.max_response
-  mask = batch.valid[:, -responses:]
-  head_mask = logprobs.head_mask(batch.valid, responses, config.mtp.heads)
+  alone, columns = config.warmup.train == 'mtp', config.rollout.max_response
+  mask = batch.valid[:, -columns:]
+  mtp_mask = logprobs.mtp_mask(batch.valid, columns, config.mtp.modules)
 
   def loss_fn(trained):
-    out = forward.score({**state.params, **trained}, batch.tokens, batch.valid,
-                        config=config, vocab_size=vocab_size, acceptance=alone)
+    out = forward.score({**state.params, **trained}, batch, config=config,
+                        acceptance=alone)
     main = masked.mean(-out.main, mask)
-    ahead = mtp_loss.cross_entropy(out.heads, head_mask)
+    ahead = mtp_loss.cross_entropy(out.mtp, mtp_mask)
     total = main + config.warmup.mtp_coef * jnp.sum(ahead) / max(
-        config.mtp.heads, 1)
+        config.mtp.modules, 1)
     metrics = {f'mtp_{k + 1}/loss': x for k, x in enumerate(ahead)}
     if alone:
-      agree = masked.mean(out.top1.astype(jnp.float32), head_mask, axis=(0, 1))
+      agree = masked.mean(out.top1.astype(jnp.float32), mtp_mask, axis=(0, 1))
       metrics |= {f'mtp_{k + 1}/accept_top1': x for k, x in enumerate(agree)}
     return total, metrics | {'warmup/loss': main}
 
-  trained = tree.head(state.params) if alone else state.params
+  trained = tree.psi(state.params) if alone else state.params
   grads, metrics = jax.grad(loss_fn, has_aux=True)(trained)
   grads = {**jax.tree.map(jnp.zeros_like, state.params), **grads}
-  metrics |= {'grad_norm/policy': tree.norm(tree.shared(grads)),
-              'grad_norm/mtp': tree.norm(tree.head(grads)),
+  metrics |= {'grad_norm/theta': tree.norm(tree.theta(grads)),
+              'grad_norm/psi': tree.norm(tree.psi(grads)),
               'lr': jnp.asarray(rate(state.step), jnp.float32)}
   return _apply(state, grads, state.occ, transform), metrics
 
@@ -107,11 +118,12 @@ class Steps(NamedTuple):
   """The jitted functions of a phase; call them inside jax.set_mesh(mesh).
 
   Attributes:
-    init: key -> TrainState, created in its shards.
-    init_rest: key -> the same without theta, of which nothing is computed:
-      for weights from elsewhere.
-    update: (state, batch) -> (state, metrics); state is donated.
-    score: (params, tokens, valid) -> LogProbs with entropy and acceptance.
+    init: function key -> TrainState, created sharded.
+    init_rest: function key -> the same without theta (params has psi alone);
+      for runs that load theta instead of initialising it.
+    update: function (state, batch) -> (state, metrics); state is donated.
+    score: function (params, `types.Tokens`) -> LogProbs with entropy and
+      acceptance.
     abstract: TrainState of ShapeDtypeStructs with shardings.
   """
   init: Callable
@@ -121,12 +133,11 @@ class Steps(NamedTuple):
   abstract: Any
 
 
-def make(config, vocab_size, mesh, phase='rl'):
+def make(config: config_lib.Config, mesh, phase='rl'):
   """Shard and jit the functions of a phase.
 
   Args:
-    config: `config.Config`.
-    vocab_size: V.
+    config: `config.Config`, its vocabulary resolved.
     mesh: see `sharding.make_mesh`.
     phase: 'rl' or 'warmup'.
 
@@ -136,23 +147,23 @@ def make(config, vocab_size, mesh, phase='rl'):
   if phase == 'rl':
     step, lr = train_step, config.rl.lr
     updates = config.rl.steps * config.rl.minibatches
-    train_head = config.mtp.regime != 'rl_only'
+    train_psi = config.mtp.regime != 'rl_only'
   else:
     step, lr, updates = supervised_step, config.warmup.lr, config.warmup.steps
-    train_head = True
-  train_shared = phase == 'rl' or config.warmup.train == 'all'
+    train_psi = True
+  train_theta = phase == 'rl' or config.warmup.train == 'all'
   rate = optim.schedule(lr, config.optim, updates)
-  transform = optim.make(config.optim, rate, train_head, train_shared)
+  transform = optim.make(config.optim, rate, train_psi, train_theta)
 
   def init(key):
-    params = forward.init(config, vocab_size, key)
+    params = forward.init(config, key)
     return types.TrainState(jnp.int32(0), params, transform.init(params),
-                            occ.initial_state(config.mtp.heads,
+                            occ.initial_state(config.mtp.modules,
                                               config.occ.lambda_plus))
 
   def init_rest(key):
     state = init(key)
-    return state._replace(params=tree.head(state.params))
+    return state._replace(params=tree.psi(state.params))
 
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
@@ -161,17 +172,17 @@ def make(config, vocab_size, mesh, phase='rl'):
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes, shardings)
   rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, P())
-  bound = dict(config=config, vocab_size=vocab_size)
   return Steps(
       init=jax.jit(init, out_shardings=shardings),
       init_rest=jax.jit(init_rest, out_shardings=shardings._replace(
-          params=tree.head(shardings.params))),
+          params=tree.psi(shardings.params))),
       update=jax.jit(
-          functools.partial(step, transform=transform, rate=rate, **bound),
+          functools.partial(step, config=config, transform=transform,
+                            rate=rate),
           in_shardings=(shardings, rows), out_shardings=(shardings, whole),
           donate_argnums=0),
       score=jax.jit(
-          functools.partial(forward.score, entropy=True, acceptance=True,
-                            **bound),
-          in_shardings=(shardings.params, rows, rows), out_shardings=rows),
+          functools.partial(forward.score, config=config, entropy=True,
+                            acceptance=True),
+          in_shardings=(shardings.params, rows), out_shardings=rows),
       abstract=abstract)

@@ -7,13 +7,12 @@ head). psi: the MTP modules' own parameters, the sub-tree 'mtp'.
 import jax
 import jax.numpy as jnp
 
-HEAD = 'mtp'
+PSI = 'mtp'
 
 
 def path(keys):
   """Return a key path of jax.tree_util as names joined by '/'."""
-  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(
-      k, 'idx', k)))) for k in keys)
+  return jax.tree_util.keystr(keys, simple=True, separator='/')
 
 
 def dot(a, b):
@@ -38,6 +37,35 @@ def add(a, b):
   return jax.tree.map(jnp.add, a, b)
 
 
+def total(trees):
+  """Return the sum of a list of trees."""
+  first, *rest = trees
+  for other in rest:
+    first = add(first, other)
+  return first
+
+
+def weighted(weights, trees):
+  """Return sum_k weights_k trees_k.
+
+  Args:
+    weights: [K].
+    trees: list of K trees.
+  """
+  return total([jax.tree.map(lambda x, w=w: w * x, t)
+                for w, t in zip(weights, trees)])
+
+
+def cut(rows, parts):
+  """Return a tree of arrays [B, ...] as `parts` trees of B / parts rows each.
+
+  Consecutive rows stay together: these are the minibatches of a rollout.
+  """
+  size = jax.tree.leaves(rows)[0].shape[0] // parts
+  return [jax.tree.map(lambda x, i=i: x[i * size:(i + 1) * size], rows)
+          for i in range(parts)]
+
+
 def scope(theta, which):
   """Return the part of theta that `which` names.
 
@@ -51,17 +79,17 @@ def scope(theta, which):
       which == 'trunk')}
 
 
-def shared(params):
+def theta(params):
   """Return theta: every top-level entry but the MTP modules."""
-  return {k: v for k, v in params.items() if k != HEAD}
+  return {k: v for k, v in params.items() if k != PSI}
 
 
-def head(params):
+def psi(params):
   """Return psi: the MTP modules' own parameters ({} where K = 0)."""
-  return {k: v for k, v in params.items() if k == HEAD}
+  return {k: v for k, v in params.items() if k == PSI}
 
 
 def labels(params):
-  """Return params' tree with 'shared' or 'head' in place of each leaf."""
-  return {k: jax.tree.map(lambda _: 'head' if k == HEAD else 'shared', v)
+  """Return params' tree with 'theta' or 'psi' in place of each leaf."""
+  return {k: jax.tree.map(lambda _: 'psi' if k == PSI else 'theta', v)
           for k, v in params.items()}

@@ -1,4 +1,4 @@
-"""Containers that cross room borders, and the axis legend of all shapes.
+"""Containers that several packages share, and the legend of all shapes.
 
 Axes used in shape comments everywhere:
   P  prompts of a rollout          G  samples (completions) of one prompt
@@ -10,7 +10,7 @@ Axes used in shape comments everywhere:
   K  MTP modules, depth k = 1..K   M  microbatches
 
 A token-indexed array of shape [B, S] holds at column s the value that belongs
-to response token y_s, whichever head and position predicted it.
+to response token y_s, whichever module and position predicted it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:  # verifier processes start without jax
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One problem: text in, text checked.
+  """One problem of a task.
 
   Attributes:
     prompt: the text that the model continues.
     answer: the reference answer.
     solution: a completion to imitate in the warm-up, None where there is none.
-    meta: what the verifier of the task needs beside the answer.
+    meta: what else the task's verifier needs.
   """
   prompt: str
   answer: str
@@ -39,53 +39,72 @@ class Example:
 
 
 class Tokens(NamedTuple):
-  """Sequences with their prompts left-padded and responses right-padded.
+  """Sequences in rows.
+
+  The sampler returns one completion per row, with its prompt left-padded and
+  its response right-padded. Packed rows hold several (`rollout.packing`).
 
   Attributes:
-    tokens: int32 [B, T], prompt in columns < R, response from column R on.
+    tokens: int32 [B, T]; unpacked, the response starts at column R.
     valid: bool [B, T], True at prompt and response tokens, EOS included.
+    segments: int32 [B, T], which completion of its row (1, 2, ..) a token
+      belongs to, 0 at padding; None if each row is one completion.
   """
   tokens: jax.Array
   valid: jax.Array
+  segments: jax.Array | None = None
+
+  @property
+  def attending(self):
+    """bool or int32 [B, T]: tokens of one row and equal value > 0 are one
+    sequence, which attends to itself alone.
+    """
+    return self.valid if self.segments is None else self.segments
+
+  def scored(self, max_response):
+    """Return S, how many of the last columns are scored: all T when packed."""
+    return self.tokens.shape[1] if self.segments is not None else max_response
 
 
 class RolloutBatch(NamedTuple):
   """What one update consumes; rows are completions.
 
-  `rollout.packing` puts several completions in a row. Then [B, S] reads
-  [B, T] throughout, and `valid` says which completion a token is of.
+  In packed rows every [B, S] below is [B, T]: all columns are scored, and
+  `mask` selects the response tokens.
 
   Attributes:
     tokens: int32 [B, T].
-    valid: bool [B, T]; of packed rows int32, 1, 2, .. by completion, 0 padding.
+    valid: bool [B, T].
     mask: bool [B, S], True at response tokens (valid[:, R:]).
     advantages: float32 [B, S].
     old_main: float32 [B, S], log-probs of the main head before the update.
-    old_heads: float32 [B, S, K], the same of the MTP heads.
+    old_mtp: float32 [B, S, K], the same of the MTP modules.
     sampler: float32 [B, S], log-probs as the sampler computed them.
     reference: float32 [B, S], log-probs of the reference policy (KL).
+    segments: int32 [B, T] of packed rows, else None; see `Tokens`.
   """
   tokens: jax.Array
   valid: jax.Array
   mask: jax.Array
   advantages: jax.Array
   old_main: jax.Array
-  old_heads: jax.Array
+  old_mtp: jax.Array
   sampler: jax.Array
   reference: jax.Array
+  segments: jax.Array | None = None
 
   @property
-  def segments(self):
-    """int32 [B, T] of packed rows, None where a row is one completion."""
-    return None if self.valid.dtype == bool else self.valid
+  def rows(self):
+    """The `Tokens` of the batch."""
+    return Tokens(self.tokens, self.valid, self.segments)
 
 
 class OccState(NamedTuple):
-  """What online tracking of the coefficient remembers between updates.
+  """What tracking of the coefficient keeps from one update to the next.
 
   Attributes:
-    average: float32 [K], exponential moving average of lambda (biased).
-    count: int32 [], updates seen.
+    average: float32 [K], moving average of lambda, not yet bias-corrected.
+    count: int32 [], updates averaged.
     smoothness: float32 [], moving average of L eta (cross_fitted).
   """
   average: jax.Array
@@ -94,13 +113,13 @@ class OccState(NamedTuple):
 
 
 class TrainState(NamedTuple):
-  """All that an update changes.
+  """Everything that an update changes.
 
   Attributes:
     step: int32 [], optimiser updates done.
     params: the model's parameters; MTP modules under 'mtp'.
     opt_state: the optimiser's state.
-    occ: the tracked coefficient.
+    occ: `OccState`, the tracked coefficient.
   """
   step: jax.Array
   params: Any

@@ -1,21 +1,22 @@
-"""The one room that rejects settings which cannot work."""
+"""Rejects settings that cannot work, before anything is computed."""
 
 from mtp_rl import config as config_lib
-from mtp_rl import masked
+from mtp_rl import estimators, regimes, tasks
+from mtp_rl.objectives import masked
 
 CHOICES = {
     'model.remat': ('none', 'dots', 'attention', 'block'),
     'optim.mu_dtype': ('float32', 'bfloat16'),
     'model.attention': ('auto', 'plain', 'blocks', 'splash', 'cudnn'),
     'model.dtype': ('float32', 'bfloat16'),
-    'mtp.regime': config_lib.REGIMES,
+    'mtp.regime': tuple(regimes.REGIMES),
     'mtp.reference': ('main_old', 'mtp_old'),
-    'mtp.head_loss': ('ce', 'policy', 'joint'),
+    'mtp.psi_loss': ('ce', 'policy', 'theta'),
     'mtp.kind': ('sequential', 'parallel'),
     'mtp.concat': ('h_emb', 'emb_h'),
     'mtp.hidden': ('post_norm', 'pre_norm'),
-    'occ.estimator': config_lib.ESTIMATORS,
-    'occ.heads': ('joint', 'per_head'),
+    'occ.estimator': tuple(estimators.ESTIMATORS),
+    'occ.solver': ('gram', 'per_module'),
     'occ.scope': ('all', 'trunk', 'readout'),
     'rl.advantage': ('grpo', 'dr_grpo', 'rloo'),
     'rl.loss': ('ppo', 'gspo', 'cispo'),
@@ -25,9 +26,33 @@ CHOICES = {
     'warmup.data': ('solutions', 'samples'),
     'optim.clip_mode': ('separate', 'joint'),
     'optim.schedule': ('constant', 'cosine', 'linear'),
-    'task.name': ('arithmetic', 'math', 'path_finding', 'reasoning_gym',
-                  'subset_sum', 'sums'),
+    'task.name': tuple(tasks.MODULES),
     'task.template': ('chat', 'plain'),
+}
+
+_POSITIVE = {
+    'model': ('d_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_ff',
+              'rope_theta', 'norm_eps'),
+    'rl': ('prompts', 'group', 'minibatches', 'microbatches', 'lr'),
+    'warmup': ('batch', 'lr', 'pool', 'pool_steps'),
+    'rollout': ('max_prompt', 'max_response'),
+    'occ': ('probe_every', 'disjoint_parts'),
+    'eval': ('every', 'samples', 'batch'),
+    'mesh': ('data', 'fsdp', 'tensor', 'expert'),
+    'run': ('checkpoint_every', 'keep'),
+    'task': ('held_out', 'timeout_s', 'processes', 'largest'),
+}
+_NOT_NEGATIVE = {
+    'model': ('head_dim', 'head_chunk', 'vocab_size', 'experts',
+              'shared_experts', 'dense_layers'),
+    'mtp': ('modules', 'coef', 'psi_coef'), 'occ': ('guard',),
+    'rl': ('steps', 'clip_low', 'clip_high', 'dual_clip', 'kl_coef',
+           'tis_cap', 'dynamic_sampling', 'overlong_buffer',
+           'overlong_penalty'),
+    'optim': ('weight_decay', 'clip', 'ramp'),
+    'warmup': ('steps', 'mtp_coef'),
+    'rollout': ('temperature', 'top_k', 'tensor', 'expert'),
+    'task': ('noisy_facts', 'noise'),
 }
 
 
@@ -36,37 +61,44 @@ def _need(condition, message):
     raise config_lib.ConfigError(message)
 
 
-def _validate_mtp(config):
+def _need_signs(config: config_lib.Config, table, holds, message):
+  for section, fields in table.items():
+    for field in fields:
+      value = getattr(getattr(config, section), field)
+      _need(holds(value), f'{section}.{field}={value} {message}')
+
+
+def _validate_mtp(config: config_lib.Config):
   m, o = config.mtp, config.occ
-  _need(m.regime == 'rl_only' or m.heads >= 1,
-        f'mtp.regime={m.regime} needs an MTP head, but mtp.heads=0; set '
-        'mtp.heads=1 or mtp.regime=rl_only')
-  _need(m.regime != 'occ_authors' or m.heads == 1,
-        f'mtp.regime=occ_authors is defined for one head, but mtp.heads='
-        f'{m.heads}; set mtp.heads=1 or mtp.regime=occ')
+  _need(m.regime == 'rl_only' or m.modules >= 1,
+        f'mtp.regime={m.regime} needs an MTP module, but mtp.modules=0; set '
+        'mtp.modules=1 or mtp.regime=rl_only')
+  _need(m.regime != 'occ_authors' or m.modules == 1,
+        f'mtp.regime=occ_authors is defined for one module, but mtp.modules='
+        f'{m.modules}; set mtp.modules=1 or mtp.regime=occ')
   _need(m.regime == 'occ' or o.estimator == 'logprob',
         f'occ.estimator={o.estimator} is read by mtp.regime=occ only, but '
         f'mtp.regime={m.regime}; set one of the two')
-  _need(m.head_loss != 'policy' or m.regime not in ('rl_only', 'detach', 'ce'),
-        f'mtp.regime={m.regime} trains the head by cross-entropy; set '
-        'mtp.head_loss=ce')
+  _need(m.psi_loss != 'policy' or m.regime not in ('rl_only', 'detach', 'ce'),
+        f'mtp.regime={m.regime} trains the MTP modules by cross-entropy; set '
+        'mtp.psi_loss=ce')
   _need(o.lambda_min <= o.lambda_max,
         f'occ.lambda_min={o.lambda_min} exceeds occ.lambda_max={o.lambda_max}')
   _need(o.eps > 0, f'occ.eps={o.eps} must be positive')
-  _need(o.eta >= 0, f'occ.eta={o.eta} must not be negative; 0 takes the '
+  _need(o.eta >= 0, f'occ.eta={o.eta} must not be negative; 0 means the '
         'learning rate')
   _need(m.regime != 'occ_authors' or not o.ema,
-        f'mtp.regime=occ_authors takes lambda a microbatch, without occ.ema='
+        'mtp.regime=occ_authors does not average its lambdas, but occ.ema='
         f'{o.ema}; set occ.ema=0')
-  _need(o.estimator != 'curvature' or o.heads == 'joint',
-        'occ.estimator=curvature solves for all heads together; set '
-        'occ.heads=joint')
+  _need(o.estimator != 'curvature' or o.solver == 'gram',
+        'occ.estimator=curvature solves for all modules together; set '
+        'occ.solver=gram')
   measured = m.regime == 'occ_authors' or (
       m.regime == 'occ' and o.estimator in ('logprob', 'authors'))
   _need(config.rl.minibatches > 1 or not measured,
         f'mtp.regime={m.regime} measures how far the policy moved since the '
-        'rollout, and with rl.minibatches=1 that is nowhere: lambda would be 0 '
-        'always; set rl.minibatches >= 2 or occ.estimator=exact')
+        'rollout, but with rl.minibatches=1 it has not moved and lambda would '
+        'always be 0; set rl.minibatches >= 2 or occ.estimator=exact')
   _need(o.estimator != 'oracle',
         'occ.estimator=oracle searches on held-out rollouts, for diagnosis '
         'only (experiments.diagnose); set another estimator')
@@ -75,21 +107,23 @@ def _validate_mtp(config):
         f'occ.scope={o.scope} is read by occ.estimator=exact, preconditioned '
         f'and cross_fitted, but occ.estimator={o.estimator}; set occ.scope=all')
   _need(m.kind == 'sequential' or not m.detach_embedding,
-        'mtp.kind=parallel reads no embedding; set mtp.detach_embedding=false')
+        'mtp.kind=parallel does not read the embedding; set '
+        'mtp.detach_embedding=false')
   _need(m.kind == 'sequential' or m.concat == 'h_emb',
-        f'mtp.kind=parallel joins no embedding, but mtp.concat={m.concat}; '
+        f'mtp.kind=parallel concatenates nothing, but mtp.concat={m.concat}; '
         'set mtp.concat=h_emb')
   _need(o.lambda_plus > 0, f'occ.lambda_plus={o.lambda_plus} must be positive')
   _need(0 <= o.ema < 1, f'occ.ema={o.ema} must lie in [0, 1)')
 
 
-def _validate_start(config):
+def _validate_start(config: config_lib.Config):
   w, m = config.warmup, config.model
-  _need(w.train == 'all' or config.mtp.heads,
-        'warmup.train=mtp trains MTP modules, but mtp.heads=0; set mtp.heads=1')
+  _need(w.train == 'all' or config.mtp.modules,
+        'warmup.train=mtp trains MTP modules, but mtp.modules=0; set '
+        'mtp.modules=1')
   _need(w.data == 'solutions' or w.train == 'mtp',
-        'warmup.data=samples imitates a policy that must stay as it is; set '
-        'warmup.train=mtp')
+        'warmup.data=samples imitates the model itself, which must then stay '
+        'fixed; set warmup.train=mtp')
   _need(not (m.pretrained and w.init),
         f'model.pretrained={m.pretrained} and warmup.init={w.init} both give '
         'the first parameters; set one of them')
@@ -98,23 +132,23 @@ def _validate_start(config):
         'model.pretrained is empty; set it, or mtp.fresh=false')
 
 
-def _validate_experts(m):
+def _validate_experts(m: config_lib.Model):
   if not m.experts:
     plain = config_lib.Model()
     for field in ('experts_per_token', 'expert_ff', 'shared_experts',
                   'dense_layers', 'router_groups', 'router_top_groups',
                   'router_scale', 'norm_topk'):
       _need(getattr(m, field) == getattr(plain, field),
-            f'model.{field}={getattr(m, field)} is read with experts only, '
-            'but model.experts=0; set model.experts')
+            f'model.{field}={getattr(m, field)} needs experts, but '
+            'model.experts=0; set model.experts')
     return
   _need(1 <= m.experts_per_token <= m.experts,
         f'model.experts_per_token={m.experts_per_token} must lie between 1 and '
         f'model.experts={m.experts}')
   _need(m.expert_ff > 0, f'model.expert_ff={m.expert_ff} must be positive')
   _need(m.dense_layers < m.n_layers,
-        f'model.dense_layers={m.dense_layers} leaves no layer of model.n_layers'
-        f'={m.n_layers} to the experts; set model.experts=0')
+        f'model.dense_layers={m.dense_layers} leaves none of the model.n_layers'
+        f'={m.n_layers} layers to the experts; set model.experts=0')
   groups, top = m.router_groups, m.router_top_groups
   _need(groups > 0 and m.experts % groups == 0,
         f'model.experts={m.experts} does not split into model.router_groups='
@@ -123,33 +157,34 @@ def _validate_experts(m):
         f'and model.router_groups={groups}')
   size = m.experts // groups
   _need(top == groups or size >= 2, f'model.router_groups={groups} leaves '
-        f'{size} expert in each, but a group is ranked by two; set fewer')
+        f'{size} expert in each, but ranking a group takes two; set fewer')
   _need(top * size >= m.experts_per_token,
         f'model.router_top_groups={top} leaves {top * size} experts to choose '
         f'model.experts_per_token={m.experts_per_token} from; set it higher')
 
 
-def _validate_sampling(config):
+def _validate_sampling(config: config_lib.Config):
   r, mesh = config.rollout, config.mesh
-  if not (r.model or r.expert):
+  if not (r.tensor or r.expert):
     return
-  devices = mesh.data * mesh.fsdp * mesh.model * mesh.expert
-  split = (r.model or 1) * (r.expert or 1)
+  devices = mesh.data * mesh.fsdp * mesh.tensor * mesh.expert
+  split = (r.tensor or 1) * (r.expert or 1)
   _need(devices % split == 0,
-        f'rollout.model={r.model} and rollout.expert={r.expert} split what '
-        f'they sample with over {split} devices, which do not divide the '
+        f'rollout.tensor={r.tensor} and rollout.expert={r.expert} split the '
+        f'sampler over {split} devices, which do not divide the '
         f"mesh's {devices}; set divisors")
-  rows = devices // (r.model or 1)
+  rows = devices // (r.tensor or 1)
   _need(config.rl.prompts % rows == 0,
         f'rl.prompts={config.rl.prompts} does not divide over the {rows} '
-        f'devices that rollout.model={r.model} leaves for rows; set it higher')
+        f'devices that rollout.tensor={r.tensor} leaves for rows; set '
+        'rollout.tensor higher')
 
 
-def _validate_packing(config):
+def _validate_packing(config: config_lib.Config):
   m, o = config.mtp, config.occ
   _need(m.regime != 'occ_authors',
         'rl.pack=true puts several completions in a row, but mtp.regime='
-        'occ_authors takes one lambda a microbatch, padding included; set '
+        'occ_authors needs microbatches of whole rows, with padding; set '
         'rl.pack=false or mtp.regime=occ')
   _need(o.estimator != 'authors',
         'rl.pack=true leaves padding out, but occ.estimator=authors is a mean '
@@ -157,16 +192,18 @@ def _validate_packing(config):
         'occ.estimator=logprob')
   _need(o.estimator != 'cross_fitted',
         'rl.pack=true mixes prompts in a row, but occ.estimator=cross_fitted '
-        'takes rows apart by prompt; set rl.pack=false')
-  _need(o.estimator not in config_lib.IN_PARTS or o.pieces == 1,
-        f'rl.pack=true mixes prompts in a row, but occ.pieces={o.pieces} takes '
-        'rows apart by prompt; set occ.pieces=1 or rl.pack=false')
+        'splits rows by prompt; set rl.pack=false')
+  _need(not estimators.ESTIMATORS[o.estimator].in_parts
+        or o.disjoint_parts == 1,
+        'rl.pack=true mixes prompts in a row, but occ.disjoint_parts='
+        f'{o.disjoint_parts} splits rows by prompt; set '
+        'occ.disjoint_parts=1 or rl.pack=false')
   _need(config.model.attention != 'cudnn',
         'rl.pack=true puts several completions in a row, but '
-        'model.attention=cudnn takes one; set model.attention=auto')
+        'model.attention=cudnn supports one only; set model.attention=auto')
 
 
-def _validate_batch(config):
+def _validate_batch(config: config_lib.Config):
   r, mesh = config.rl, config.mesh
   _need(r.prompts % r.minibatches == 0,
         f'rl.prompts={r.prompts} does not split into rl.minibatches='
@@ -174,22 +211,22 @@ def _validate_batch(config):
   rows = r.prompts // r.minibatches * r.group
   devices = mesh.data * mesh.fsdp * mesh.expert
   split = f'mesh.data * mesh.fsdp * mesh.expert = {devices}'
-  if config.occ.estimator in config_lib.IN_PARTS:
-    n = config.occ.pieces
+  if estimators.ESTIMATORS[config.occ.estimator].in_parts:
+    n = config.occ.disjoint_parts
     _need(r.prompts // r.minibatches % n == 0,
-          f'occ.pieces={n} disjoint parts need as many prompts each, but a '
-          f'minibatch has {r.prompts // r.minibatches}; set occ.pieces to a '
-          'divisor')
+          f'occ.disjoint_parts={n} must divide the prompts of a minibatch, of '
+          f'which there are {r.prompts // r.minibatches}; set '
+          'occ.disjoint_parts to a divisor')
     _need(n >= 2 or config.occ.estimator != 'cross_fitted',
-          'occ.estimator=cross_fitted holds disjoint parts against each '
-          'other, but occ.pieces=1; set occ.pieces >= 2')
+          'occ.estimator=cross_fitted compares disjoint parts, but '
+          'occ.disjoint_parts=1; set occ.disjoint_parts >= 2')
     _need(rows // n % r.microbatches == 0,
-          f'a part of {rows // n} rows (occ.pieces={n}) does not split into '
-          f'rl.microbatches={r.microbatches}; make it a divisor')
+          f'a part of {rows // n} rows (occ.disjoint_parts={n}) does not split '
+          f'into rl.microbatches={r.microbatches}; make it a divisor')
     _need(rows // n // r.microbatches % devices == 0,
-          f'a part of {rows // n} rows (occ.pieces={n}) in rl.microbatches='
-          f'{r.microbatches} does not divide over the mesh ({split}); set '
-          'fewer occ.pieces')
+          f'a part of {rows // n} rows (occ.disjoint_parts={n}) in '
+          f'rl.microbatches={r.microbatches} does not divide over the mesh '
+          f'({split}); set fewer occ.disjoint_parts')
   _need(rows % r.microbatches == 0,
         f'a minibatch of {rows} rows does not split into rl.microbatches='
         f'{r.microbatches}; make it a divisor')
@@ -212,52 +249,25 @@ def _validate_batch(config):
         'rl.dynamic_sampling=0')
   _need(r.overlong_buffer <= config.rollout.max_response,
         f'rl.overlong_buffer={r.overlong_buffer} exceeds rollout.max_response='
-        f'{config.rollout.max_response}; both are tokens')
+        f'{config.rollout.max_response}; both count tokens, set it lower')
   _need(r.loss == 'ppo' or not r.dual_clip,
         f'rl.loss={r.loss} has no dual clip, but rl.dual_clip={r.dual_clip}; '
         'set rl.dual_clip=0')
 
 
-def validate(config):
+def validate(config: config_lib.Config):
   """Reject settings that cannot work.
 
   Raises:
-    config.ConfigError: one sentence that names the setting and the mend.
+    config.ConfigError: one sentence that names the setting and the fix.
   """
   for name, choices in CHOICES.items():
     section, field = name.split('.')
     value = getattr(getattr(config, section), field)
     _need(value in choices, f'{name}={value!r} is none of '
           f'{", ".join(choices)}')
-  positive = {
-      'model': ('d_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_ff',
-                'rope_theta', 'norm_eps'),
-      'rl': ('prompts', 'group', 'minibatches', 'microbatches', 'lr'),
-      'warmup': ('batch', 'lr', 'pool', 'pool_steps'),
-      'rollout': ('max_prompt', 'max_response'),
-      'occ': ('probe_every', 'pieces'), 'eval': ('every', 'samples', 'batch'),
-      'mesh': ('data', 'fsdp', 'model', 'expert'),
-      'run': ('checkpoint_every', 'keep'),
-      'task': ('held_out', 'timeout_s', 'processes', 'largest'),
-  }
-  natural = {
-      'model': ('head_dim', 'head_chunk', 'vocab_size', 'experts',
-                'shared_experts', 'dense_layers'),
-      'mtp': ('heads', 'coef', 'head_coef'), 'occ': ('guard',),
-      'rl': ('steps', 'clip_low', 'clip_high', 'dual_clip', 'kl_coef',
-             'tis_cap', 'dynamic_sampling', 'overlong_buffer',
-             'overlong_penalty'),
-      'optim': ('weight_decay', 'clip', 'warmup'),
-      'warmup': ('steps', 'mtp_coef'),
-      'rollout': ('temperature', 'top_k', 'model', 'expert'),
-      'task': ('noisy_facts', 'noise'),
-  }
-  for low, table in ((1e-300, positive), (0, natural)):
-    for section, fields in table.items():
-      for field in fields:
-        value = getattr(getattr(config, section), field)
-        _need(value >= low, f'{section}.{field}={value} must '
-              f'{"be positive" if low else "not be negative"}')
+  _need_signs(config, _POSITIVE, lambda x: x > 0, 'must be positive')
+  _need_signs(config, _NOT_NEGATIVE, lambda x: x >= 0, 'must not be negative')
   m = config.model
   _need(m.n_heads % m.n_kv_heads == 0,
         f'model.n_heads={m.n_heads} is no multiple of model.n_kv_heads='
@@ -267,14 +277,15 @@ def validate(config):
         f'{m.n_heads}; set model.head_dim')
   _need(0 < m.rotary <= 1, f'model.rotary={m.rotary} must lie in (0, 1]')
   channels = int((m.head_dim or m.d_model // m.n_heads) * m.rotary)
-  _need(channels and channels % 2 == 0, f'a head turns {channels} channels, '
-        'but their number must be even; change model.head_dim or model.rotary')
+  _need(channels and channels % 2 == 0, f'RoPE turns {channels} channels of '
+        'a head, but needs an even number; change model.head_dim or '
+        'model.rotary')
   _validate_experts(m)
   _need(0 < config.rollout.top_p <= 1,
         f'rollout.top_p={config.rollout.top_p} must lie in (0, 1]')
   _need(config.rollout.temperature > 0,
-        'rollout.temperature=0 leaves a group of equal samples to learn from; '
-        'set it above 0 (evaluation is greedy by itself)')
+        'rollout.temperature=0 makes all samples of a group equal, which '
+        'teaches nothing; set it above 0 (evaluation is greedy anyway)')
   _validate_mtp(config)
   _validate_batch(config)
   _validate_sampling(config)

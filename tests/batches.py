@@ -6,36 +6,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_rl import config as config_lib
-from mtp_rl import forward, types
+from mtp_rl import estimators, forward, regimes, types
 from tests import conftest
 
 V, ROWS, R, S = 13, 16, 6, 6
-REGIMES = config_lib.REGIMES + ('readout', 'preconditioned', 'cross_fitted',
-                                'curvature')
+REGIMES = (*regimes.REGIMES, 'readout', 'preconditioned', 'cross_fitted',
+           'curvature')
 
 
 def config(regime='occ', **sections):
   """Return a tiny config; an estimator's name is regime occ with it."""
   mtp = dict(regime=regime, coef=.3, **sections.pop('mtp', {}))
   extra = sections.pop('occ', {})
-  if regime in config_lib.ESTIMATORS:
+  if regime in estimators.ESTIMATORS:
     mtp['regime'] = 'occ'
-    pieces = 2 if regime == 'cross_fitted' else 1
-    extra = dict(estimator=regime, eta=.1, pieces=pieces) | extra
-  return conftest.tiny_config(mtp=mtp, occ=extra, **sections)
+    parts = 2 if regime == 'cross_fitted' else 1
+    extra = dict(estimator=regime, eta=.1, disjoint_parts=parts) | extra
+  model = dict(vocab_size=V) | sections.pop('model', {})
+  return conftest.tiny_config(mtp=mtp, occ=extra, model=model, **sections)
 
 
 @functools.cache
-def params(heads=1):
-  """Return the parameters of K heads, one key."""
-  net = forward.network(config(mtp=dict(heads=heads)), V)
+def params(modules=1):
+  """Return the parameters of K modules, one key."""
+  net = forward.network(config(mtp=dict(modules=modules)))
   return net.init(jax.random.key(0), jnp.zeros((1, 5), int),
                   jnp.ones((1, 5), bool))['params']
 
 
 @functools.cache
-def batch(heads=1, seed=0):
+def batch(modules=1, seed=0):
   """Ragged prompts and responses, one of them empty; old log-probs near."""
   rng = np.random.default_rng(seed)
   valid = np.zeros((ROWS, R + S), bool)
@@ -44,14 +44,14 @@ def batch(heads=1, seed=0):
   valid[3, R:] = False
   tokens = np.where(valid, rng.integers(3, V, valid.shape), 0).astype(np.int32)
   out = jax.tree.map(np.asarray, jax.jit(functools.partial(
-      forward.score, config=config(mtp=dict(heads=heads)), vocab_size=V))(
-          params(heads), tokens, valid))
+      forward.score, config=config(mtp=dict(modules=modules))))(
+          params(modules), types.Tokens(tokens, valid)))
   noise = lambda x: (x + rng.normal(size=x.shape) * .2).astype(np.float32)
   old = noise(out.main)
   return types.RolloutBatch(
       tokens, valid, valid[:, R:],
       np.repeat(rng.normal(size=(ROWS, 1)), S, 1).astype(np.float32), old,
-      noise(out.heads), noise(old), noise(old))
+      noise(out.mtp), noise(old), noise(old))
 
 
 def assert_close(a, b, rtol=2e-5, atol=2e-6):

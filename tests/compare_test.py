@@ -1,8 +1,10 @@
 """Comparisons: grid, statistics, processes, and one small one for real."""
 
 import json
+import math
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -12,16 +14,20 @@ import pytest
 
 from configs import from_json
 from mtp_rl import config as config_lib
-from mtp_rl import intervals, trainer
-from mtp_rl.compare import figures, grid, jobs, report, study
+from mtp_rl import estimators, trainer
+from mtp_rl.compare import grid, jobs, study, summary
+from mtp_rl.report import comparison_figures, intervals
 from tests import conftest
 
 
 @pytest.mark.parametrize('freedom, t', [
     (1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706),
     (9, 2.2622), (30, 2.0423)])
-def test_t_quantile_is_the_tables(freedom, t):
-  assert intervals.t_quantile(.95, freedom) == pytest.approx(t, abs=5e-5)
+def test_an_interval_has_the_tables_t(freedom, t):
+  values = list(range(freedom + 1))
+  found = intervals.interval(values)
+  deviation = statistics.stdev(values) / math.sqrt(len(values))
+  assert (found.high - found.mean) / deviation == pytest.approx(t, abs=5e-5)
 
 
 def test_interval_by_hand():
@@ -49,10 +55,10 @@ def test_values_of_a_run():
           {'step': 3, 'reward/mean': .6, 'occ/lambda': .1, 'val/a/greedy': .8,
            'val/b/greedy': .6, 'val/a/avg@4': .5, 'mtp_1/accept_top1': .9,
            'timing_s/update': 2.}]
-  assert report.run_values(rows) == pytest.approx({
+  assert summary.run_values(rows) == pytest.approx({
       'greedy': .7, 'avg': .5, 'reward': .4, 'acceptance': .9, 'lambda': .3,
       'update_s': 2.})
-  assert report.run_values([]) == {}
+  assert summary.run_values([]) == {}
 
 
 @pytest.mark.parametrize('preset', grid.PRESETS)
@@ -66,11 +72,11 @@ def test_every_variant_of_a_preset_can_run_and_differs(preset):
   for v in variants:
     joint = v.group.endswith('paper')
     assert v.config.optim.clip_mode == ('joint' if joint else 'separate')
-    assert (v.config.mtp.head_loss == 'joint') == joint
+    assert (v.config.mtp.psi_loss == 'theta') == joint
     ppo = v.config.rl.loss == 'ppo'
     assert v.config.rl.dual_clip == (0 if not ppo else 10 if joint else 3)
-    for regime in report.BASELINES:
-      assert report.baseline(variants, v.group, regime).label == regime
+    for regime in summary.BASELINES:
+      assert summary.baseline(variants, v.group, regime).label == regime
 
 
 def test_presets_hold_what_they_promise():
@@ -82,7 +88,7 @@ def test_presets_hold_what_they_promise():
   assert [f'policy-{x}' for x in ('0.1', '0.2', '0.5', '1')] == labels(
       'table2')[2:6]
   assert labels('trace', estimators=['curvature'])[2:] == ['occ-curvature']
-  assert len(labels('trace')) == 2 + len(config_lib.TRAINABLE)
+  assert len(labels('trace')) == 2 + len(estimators.TRAINABLE)
   with pytest.raises(config_lib.ConfigError, match='table3'):
     labels('table3')
   with pytest.raises(config_lib.ConfigError, match='magic'):
@@ -107,7 +113,7 @@ def test_free_variants():
     ('../a:', (), 'cannot name a directory'),
     ('cache:', (), 'cannot be called cache'),
     ('a:seed=3', (), 'seed'),
-    ('a:mtp.heads=2', (), 'share one warm-up'),
+    ('a:mtp.modules=2', (), 'share one warm-up'),
     ('a:mtp.kind=parallel', (), 'share one warm-up'),
     ('a:rl.loss=gspo', (), 'variant a: rl.loss=gspo has no dual clip'),
     ('a:;a:rl.lr=1', (), 'two variants are called a'),
@@ -256,10 +262,11 @@ def test_a_comparison_from_warm_up_to_figures(real, monkeypatch):
 
 @pytest.mark.filterwarnings('error')
 def test_figures_do_without_the_runs_of_a_variant(real, tmp_path):
-  runs = report.collect(real.variants, real.seeds, real.path)
+  runs = summary.collect(real.variants, real.seeds, real.path)
   runs['still'] = {}
-  rows = report.compare(real.variants, runs)
-  figures.draw_all(real.variants, runs, rows, str(tmp_path), 'title')
+  rows = summary.compare(real.variants, runs)
+  comparison_figures.draw_all(real.variants, runs, rows, str(tmp_path),
+                              'title')
   assert 'against' in rows[1] and not rows[1]['against']['rl_only']
   assert (tmp_path / 'learning.png').exists()
 
@@ -267,8 +274,8 @@ def test_figures_do_without_the_runs_of_a_variant(real, tmp_path):
 def test_a_missing_run_is_named_and_its_seed_left_out(real, monkeypatch):
   with monkeypatch.context() as patch:
     hidden = real.path('cut', 1)
-    complete = report.is_complete
-    patch.setattr(report, 'is_complete',
+    complete = summary.is_complete
+    patch.setattr(summary, 'is_complete',
                   lambda w: w != hidden and complete(w))
     with open(study.write_report(real, {}), encoding='utf-8') as f:
       text = f.read()

@@ -5,8 +5,9 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from mtp_rl import aot, sharding
 from mtp_rl import config as config_lib
+from mtp_rl import sharding
+from mtp_rl.aot import programs
 from tests import conftest
 
 TOPOLOGY, V = 'v5p:2x2x1', 1664
@@ -19,7 +20,7 @@ def _config(**sections):
       model=dict(d_model=256, n_heads=2, n_kv_heads=2, head_dim=128, d_ff=384,
                  vocab_size=V, dtype='bfloat16', tie_embeddings=False,
                  remat='attention', head_chunk=32),
-      rollout=dict(max_prompt=128, max_response=128, model=2),
+      rollout=dict(max_prompt=128, max_response=128, tensor=2),
       mesh=dict(fsdp=4), **sections)
 
 
@@ -27,16 +28,16 @@ def _config(**sections):
 def _rows():
   pytest.importorskip('libtpu')
   config = _config()
-  return {row.name: row for row in aot.compile_all(
+  return {row.name: row for row in programs.compile_all(
       config, TOPOLOGY, ['occ', 'score', 'decode', 'reshard'])}
 
 
 def test_a_small_config_compiles_for_a_tpu(rows):
   for name, row in rows.items():
     assert row.error is None, (name, row.error)
-    assert aot.fits(row, aot.chip(TOPOLOGY))
+    assert programs.fits(row, programs.chip(TOPOLOGY))
     assert 0 < row.arguments < row.peak
-    json.dumps(aot.to_dict(row, aot.chip(TOPOLOGY)))
+    json.dumps(programs.to_dict(row, programs.chip(TOPOLOGY)))
 
 
 def test_flops_are_those_of_the_matmuls(rows):
@@ -58,9 +59,9 @@ def test_no_array_of_tokens_times_vocabulary_for_a_tpu(rows):
 def test_whole_logits_are_found_where_the_vocabulary_is_split():
   pytest.importorskip('libtpu')
   config = _config()
-  config.mesh.fsdp, config.mesh.model, config.rollout.model = 2, 2, 0
+  config.mesh.fsdp, config.mesh.tensor, config.rollout.tensor = 2, 2, 0
   config.model.head_chunk = 0
-  row, = aot.compile_all(config, TOPOLOGY, ['rl_only'])
+  row, = programs.compile_all(config, TOPOLOGY, ['rl_only'])
   size, kind, _ = row.summary.vocabulary
   rows = row.tokens // 256 // 2  # on a chip
   assert str(V // 2) in kind and size >= 2 * rows * 128 * V / 2
@@ -77,22 +78,24 @@ def test_the_state_beside_a_program_counts(rows):
 
 def test_all_names_are_checked_before_the_first_is_compiled():
   config = _config(mtp=dict(regime='occ'), occ=dict(estimator='readout'))
-  assert aot.resolve('occ', config).occ.estimator == 'readout'
-  assert aot.resolve('detach', config).occ.estimator == 'logprob'
+  assert programs.resolve('occ', config).occ.estimator == 'readout'
+  assert programs.resolve('detach', config).occ.estimator == 'logprob'
   with pytest.raises(config_lib.ConfigError, match="'ooc' is unknown"):
-    aot.resolve('ooc', config)
+    programs.resolve('ooc', config)
   with pytest.raises(config_lib.ConfigError, match='choose a regime'):
-    aot.resolve('prefill:exact', config)
-  config.rollout.model = 0
+    programs.resolve('prefill:exact', config)
+  config.rollout.tensor = 0
   with pytest.raises(config_lib.ConfigError, match='leave the program out'):
-    aot.resolve('reshard', config)
+    programs.resolve('reshard', config)
 
 
 def test_a_packed_update_reads_segments():
   config = _config(rl=dict(pack=True))
   mesh = sharding.make_mesh(config_lib.Mesh(fsdp=4))
-  batch = aot._batch(config, mesh)
-  assert batch.valid.dtype == jnp.int32
+  batch = programs._batch(config, mesh)
+  assert batch.segments.dtype == jnp.int32
+  assert batch.valid.dtype == jnp.bool_
+  assert batch.segments.shape == batch.valid.shape == batch.tokens.shape
   rows = config.rl.prompts // config.rl.minibatches * config.rl.group
   assert batch.mask.shape == batch.tokens.shape == (rows, 256)
 
@@ -105,11 +108,11 @@ def test_a_decoding_step_gathers_no_parameters(rows):
 
 def test_unknown_slices_and_unset_vocabularies_are_refused():
   with pytest.raises(config_lib.ConfigError, match='no known chip'):
-    aot.chip('v99:2x2')
+    programs.chip('v99:2x2')
   config = _config()
   config.model.vocab_size = 0
   with pytest.raises(config_lib.ConfigError, match='set model.vocab_size'):
-    next(aot.compile_all(config, TOPOLOGY, ['occ']))
+    next(programs.compile_all(config, TOPOLOGY, ['occ']))
 
 
 def test_a_mesh_must_fill_the_slice():
@@ -117,6 +120,4 @@ def test_a_mesh_must_fill_the_slice():
   config = _config()
   config.mesh.fsdp = 2
   with pytest.raises(config_lib.ConfigError, match='fsdp=4'):
-    next(aot.compile_all(config, TOPOLOGY, ['occ']))
-
-
+    next(programs.compile_all(config, TOPOLOGY, ['occ']))

@@ -10,13 +10,13 @@ from tests import conftest
 
 
 @pytest.mark.parametrize('sections, said', [
-    (dict(mtp=dict(heads=0, regime='detach')), 'mtp.heads=0'),
-    (dict(mtp=dict(heads=0, regime='occ')), 'needs an MTP head'),
-    (dict(mtp=dict(heads=2, regime='occ_authors')), 'one head'),
+    (dict(mtp=dict(modules=0, regime='detach')), 'mtp.modules=0'),
+    (dict(mtp=dict(modules=0, regime='occ')), 'needs an MTP module'),
+    (dict(mtp=dict(modules=2, regime='occ_authors')), 'one module'),
     (dict(mtp=dict(regime='joint')), "mtp.regime='joint' is none of"),
     (dict(mtp=dict(regime='policy'), occ=dict(estimator='curvature')),
      'occ.estimator=curvature'),
-    (dict(mtp=dict(regime='ce', head_loss='policy')), 'mtp.head_loss=ce'),
+    (dict(mtp=dict(regime='ce', psi_loss='policy')), 'mtp.psi_loss=ce'),
     (dict(occ=dict(lambda_min=1., lambda_max=0.)), 'exceeds'),
     (dict(occ=dict(ema=1.)), 'occ.ema'),
     (dict(rl=dict(prompts=9)), 'rl.minibatches'),
@@ -31,16 +31,20 @@ from tests import conftest
     (dict(task=dict(template='qwen')), 'task.template'),
     (dict(rl=dict(loss='cispo')), 'dual'),
     (dict(mtp=dict(regime='occ_authors'), occ=dict(ema=.5)), 'occ.ema'),
-    (dict(occ=dict(estimator='curvature', heads='per_head')), 'occ.heads'),
+    (dict(occ=dict(estimator='curvature', solver='per_module')),
+     'occ.solver'),
     (dict(rl=dict(minibatches=1)), 'rl.minibatches=1'),
     (dict(rl=dict(minibatches=1), occ=dict(estimator='authors')),
      'rl.minibatches=1'),
     (dict(occ=dict(estimator='oracle')), 'experiments.diagnose'),
     (dict(occ=dict(estimator='readout', scope='trunk')), 'occ.scope=trunk'),
-    (dict(occ=dict(estimator='cross_fitted', pieces=3)), 'occ.pieces=3'),
-    (dict(occ=dict(estimator='cross_fitted', pieces=1)), 'occ.pieces >= 2'),
-    (dict(occ=dict(estimator='exact', pieces=3)), 'occ.pieces=3'),
-    (dict(occ=dict(estimator='cross_fitted', pieces=4),
+    (dict(occ=dict(estimator='cross_fitted', disjoint_parts=3)),
+     'occ.disjoint_parts=3'),
+    (dict(occ=dict(estimator='cross_fitted', disjoint_parts=1)),
+     'occ.disjoint_parts >= 2'),
+    (dict(occ=dict(estimator='exact', disjoint_parts=3)),
+     'occ.disjoint_parts=3'),
+    (dict(occ=dict(estimator='cross_fitted', disjoint_parts=4),
           rl=dict(microbatches=8), warmup=dict(batch=32)), 'a part of 4 rows'),
     (dict(occ=dict(probe_every=0)), 'occ.probe_every=0'),
     (dict(occ=dict(guard=-1.)), 'occ.guard'),
@@ -48,8 +52,9 @@ from tests import conftest
     (dict(mtp=dict(kind='parallel', detach_embedding=True)),
      'mtp.detach_embedding'),
     (dict(mtp=dict(kind='parallel', concat='emb_h')), 'mtp.concat=emb_h'),
-    (dict(occ=dict(estimator='cross_fitted', pieces=4), mesh=dict(data=8),
-          warmup=dict(batch=32)), 'fewer occ.pieces'),
+    (dict(occ=dict(estimator='cross_fitted', disjoint_parts=4),
+          mesh=dict(data=8), warmup=dict(batch=32)),
+     'fewer occ.disjoint_parts'),
     (dict(rl=dict(group=6, microbatches=3)), 'warmup.batch=8'),
     (dict(rl=dict(lr=0.)), 'rl.lr=0.0 must be positive'),
     (dict(rl=dict(clip_low=-.1)), 'must not be negative'),
@@ -66,8 +71,8 @@ def test_contradictions_are_named(sections, said):
   assert '\n' not in str(error.value)
 
 
-def test_no_head_is_allowed_where_none_is_needed(tiny):
-  tiny(mtp=dict(heads=0, regime='rl_only'))
+def test_no_module_is_allowed_where_none_is_needed(tiny):
+  tiny(mtp=dict(modules=0, regime='rl_only'))
 
 
 @pytest.mark.parametrize('name', config_lib.PRESETS)

@@ -1,20 +1,31 @@
 """Eight host devices and one compilation cache for the whole test session."""
 
+import functools
+import os
 import pathlib
+import re
 
 import jax
+import jaxlib
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import validate
+from mtp_rl import metrics, validate
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_compilation_cache_dir', str(
-    pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'jax'))
+    ROOT / '.pytest_cache' / 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 # Compiling dominates: without most optimisations it takes half as long. The
 # launchers' tests and the README's main command run optimised programs.
 jax.config.update('jax_disable_most_optimizations', True)
+# And without the CPU's fusion emitters in a third of that. XLA aborts at flags
+# that it does not know, so only the tested release gets this one.
+if jaxlib.__version__.startswith('0.10.'):
+  os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
+                             + ' --xla_cpu_use_fusion_emitters=false')
 
 
 def tiny_config(**sections):
@@ -25,7 +36,7 @@ def tiny_config(**sections):
       task=config_lib.Task(min_terms=2, max_terms=4, held_out=16),
       rollout=config_lib.Rollout(max_prompt=6, max_response=6),
       rl=config_lib.RL(steps=4, prompts=8, group=4, minibatches=2, lr=1e-3),
-      occ=config_lib.OCC(pieces=2),
+      occ=config_lib.OCC(disjoint_parts=2),
       optim=config_lib.Optim(eps=1e-3),
       warmup=config_lib.Warmup(steps=4, batch=8),
       eval=config_lib.Eval(every=2, samples=2),
@@ -44,3 +55,27 @@ def tiny_config(**sections):
 @pytest.fixture(name='tiny')
 def _tiny():
   return tiny_config
+
+
+@functools.cache
+def glossary():
+  """The pattern of every name in the glossary of experiments/README.md."""
+  text = (ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8')
+  names = re.findall(r'^\| `([^`]+)` \|', text.split('## Glossary')[1], re.M)
+  assert len(names) > 60
+  fields = {'<k>': r'\d+', '<step>': r'\d+'}
+  known = [''.join(fields.get(x, '[^/]+') if x.startswith('<') else re.escape(x)
+                   for x in re.split('(<[a-z]+>)', name)) for name in names]
+  return re.compile('|'.join(known))
+
+
+@pytest.fixture(autouse=True)
+def _runs_write_what_the_glossary_explains(monkeypatch):
+  """Check the names of every row that a run in this process writes."""
+  write = metrics.Writer.write
+  def checked(self, step, values):
+    row = write(self, step, values)
+    unknown = [name for name in row if not glossary().fullmatch(name)]
+    assert not unknown, f'not in experiments/README.md: {unknown}'
+    return row
+  monkeypatch.setattr(metrics.Writer, 'write', checked)

@@ -11,27 +11,30 @@ import optax
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import estimators, intervals, metrics, occ, trainer, types
+from mtp_rl import estimators, metrics, occ, trainer, types
+from mtp_rl import workdir as workdir_lib
 from mtp_rl.diagnose import measure, study, summary
+from mtp_rl.report import intervals
+from mtp_rl.rollout import experience
 from tests import conftest
 
 N, ETA = 10, .2
 
 
-def _quadratic(heads, isotropic):
+def _quadratic(modules, isotropic):
   """J(x) = b'x + x'Hx / 2 at x = 0, and K directions."""
   rng = np.random.default_rng(0)
   q, _ = np.linalg.qr(rng.normal(size=(N, N)))
   h = -2. * np.eye(N) if isotropic else (q * np.linspace(-3., 1., N)) @ q.T
-  return rng.normal(size=N), h, rng.normal(size=(N, heads))
+  return rng.normal(size=N), h, rng.normal(size=(N, modules))
 
 
-@pytest.mark.parametrize('heads', [1, 3])
+@pytest.mark.parametrize('modules', [1, 3])
 @pytest.mark.parametrize('isotropic', [True, False])
-def test_on_a_quadratic_the_curve_is_what_is_predicted(heads, isotropic):
+def test_on_a_quadratic_the_curve_is_what_is_predicted(modules, isotropic):
   with jax.enable_x64(True):
-    b, h, g = _quadratic(heads, isotropic)
-    lams = jnp.asarray(np.random.default_rng(1).normal(size=(9, heads)))
+    b, h, g = _quadratic(modules, isotropic)
+    lams = jnp.asarray(np.random.default_rng(1).normal(size=(9, modules)))
 
     def ahead(lam):
       x = ETA * (b + g @ lam)
@@ -127,10 +130,10 @@ def best_of(curve, grid):
 
 @pytest.fixture(scope='module', name='run')
 def _run(tmp_path_factory):
-  """A run of two heads."""
+  """A run of two MTP modules."""
   workdir = str(tmp_path_factory.mktemp('run'))
   config = conftest.tiny_config(
-      mtp=dict(heads=2, regime='policy'), warmup=dict(steps=40),
+      mtp=dict(modules=2, regime='policy'), warmup=dict(steps=40),
       rl=dict(steps=2, prompts=16, minibatches=2),
       optim=dict(schedule='linear'))
   trainer.train(config, workdir)
@@ -151,8 +154,8 @@ def test_a_run_is_diagnosed_end_to_end(run):
   for c in found['checkpoints']:
     assert c['rollouts'] == 2 and c['silent'] == 0
     each = c['estimators']
-    assert list(each) == list(config_lib.ESTIMATORS)
-    assert all(len(e['heads']) == 2 and abs(e['lam']['mean']) <= 2
+    assert list(each) == list(estimators.ESTIMATORS)
+    assert all(len(e['modules']) == 2 and abs(e['lam']['mean']) <= 2
                for e in each.values())
     assert each['logprob']['lam']['mean'] != 0  # the policy has moved
     assert c['curve']['grid'][2] == 0
@@ -166,20 +169,22 @@ def test_a_run_is_diagnosed_end_to_end(run):
 
 
 @pytest.mark.parametrize('minibatches', [1, 2, 4])
-def test_held_out_rollouts_are_of_other_prompts(minibatches):
+def test_held_out_rollouts_are_of_other_prompts(minibatches, monkeypatch):
   """Eight rows of one prompt each, marked by the step they come from."""
   config = conftest.tiny_config(
       mtp=dict(regime='detach'), rl=dict(prompts=8, group=1,
                                          minibatches=minibatches))
   calls = []
 
-  def collect(params, reference, step):
-    del params, reference
+  def collect(actor, params, reference, step):
+    del actor, params, reference
     calls.append(step)
-    return types.RolloutBatch(*[step + np.arange(8)] * 8), {}, []
+    batch = types.RolloutBatch(*[step + np.arange(8)] * 8)
+    return experience.Rollout(batch, [], None, {})
 
-  run = trainer.Run(config, '', None, None, None)
-  functions = trainer.Functions(None, collect, None, None)
+  monkeypatch.setattr(experience, 'collect', collect)
+  run = workdir_lib.Run(config, '', None, None, None)
+  functions = trainer.Functions(None, None, None)
   state = types.TrainState(0, None, None, None)
   _, first, batch, held_out = study._one(
       run, functions, lambda *args: args, state, None, 3)
@@ -219,13 +224,13 @@ def _said(workdir, **kw):
 
 def test_what_cannot_be_diagnosed_is_one_sentence(run, tmp_path):
   assert '--bound=-1' in _said(run, bound=-1.)
-  assert 'occ.pieces=3' in _said(run, pieces=3)
+  assert 'occ.disjoint_parts=3' in _said(run, disjoint_parts=3)
   assert '--steps=7' in _said(run, steps=[0, 7])
   assert 'config.json does not exist' in _said(tmp_path)
-  config = conftest.tiny_config(mtp=dict(heads=0, regime='rl_only'))
+  config = conftest.tiny_config(mtp=dict(modules=0, regime='rl_only'))
   path = tmp_path / 'config.json'
   metrics.write_json(str(path), config_lib.to_dict(config))
-  assert 'mtp.heads=0' in _said(tmp_path)
+  assert 'mtp.modules=0' in _said(tmp_path)
   for name in ('config.json', 'tokenizer.json'):
     shutil.copy(os.path.join(run, name), tmp_path / name)
   assert 'no rl checkpoint' in _said(tmp_path)
@@ -234,8 +239,8 @@ def test_what_cannot_be_diagnosed_is_one_sentence(run, tmp_path):
 
 
 def test_a_workdir_that_keeps_fewer_says_so():
-  run = trainer.Run(conftest.tiny_config(run=dict(checkpoint_every=50)), '',
-                    None, None, None)
+  run = workdir_lib.Run(
+      conftest.tiny_config(run=dict(checkpoint_every=50)), '', None, None, None)
   assert study._note(run, [0, 50, 100]) == []
   note, = study._note(run, [50, 100])
   assert '[50, 100] of 3' in note and '--config.run.keep=3' in note

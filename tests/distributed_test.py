@@ -22,18 +22,19 @@ from mtp_rl import (
   checkpoint,
   distributed,
   metrics,
-  scoring,
   sharding,
   train_step,
   trainer,
 )
 from mtp_rl import config as config_lib
+from mtp_rl.evaluation import scoring
 from tests import conftest
 
 ROOT = pathlib.Path(__file__).parent.parent
+V = 14  # tokens of the task's tokenizer
 KINDS = {  # model, mesh, updates of the warm-up, other settings
-    'dense': (dict(remat='none'), dict(data=2, fsdp=2, model=2), 0,
-              dict(rollout=dict(model=4))),
+    'dense': (dict(remat='none'), dict(data=2, fsdp=2, tensor=2), 0,
+              dict(rollout=dict(tensor=4))),
     'moe': (dict(remat='none', n_layers=1, experts=4, experts_per_token=2,
                  expert_ff=16), dict(data=2, fsdp=2, expert=2), 2,
             dict(rl=dict(pack=True)))}
@@ -141,7 +142,8 @@ def _state(workdir):
   with jax.set_mesh(mesh):
     saved = checkpoint.Checkpoints(
         os.path.join(workdir, 'checkpoints', 'rl'), 9)
-    abstract = train_step.make(config, 14, mesh).abstract
+    abstract = train_step.make(config_lib.with_vocabulary(config, V),
+                               mesh).abstract
     return jax.device_get(saved.restore(abstract)), saved.steps()
 
 

@@ -29,40 +29,34 @@ def _vector(theta):
   return jnp.concatenate([theta['embed'], theta['blocks']])
 
 
-def _problem(heads, sign=1., concave=True, seed=0):
+def _problem(modules, sign=1., concave=True, seed=0):
   """b, H with eigenvalues in [-L, -.4], and g with sign <b, g_k> > 0."""
   rng = np.random.default_rng(seed)
   q, _ = np.linalg.qr(rng.normal(size=(N, N)))
   h = -(q * np.linspace(.4, L, N)) @ q.T
-  b, g = rng.normal(size=N), rng.normal(size=(N, heads))
+  b, g = rng.normal(size=N), rng.normal(size=(N, modules))
   g = sign * (.3 * g + .2 * b[:, None])
   assert np.all(np.sign(b @ g) == sign)
   return b, h if concave else -h, g
 
 
-def _view(b, h, g, scale=None, parts=None):
-  """The `estimators.View` of the quadratic; P = diag(scale)."""
+def _evidence(b, h, g, scale=None):
+  """The `estimators.Evidence` of the quadratic; P = diag(scale)."""
   trees = _tree(jnp.asarray(b)), [_tree(jnp.asarray(x)) for x in g.T]
   value = lambda t: (b @ _vector(t) + _vector(t) @ h @ _vector(t) / 2, None)
-
-  def directional(direction):
-    zero = jax.tree.map(jnp.zeros_like, direction)
-    _, gradient, _, product = occ.directional(value, zero, direction)
-    return gradient, product
-
-  def ahead(lam):
-    return value(_tree(ETA * (b + g @ lam)))[0]
-
+  zero = jax.tree.map(jnp.zeros_like, trees[0])
+  along = [occ.directional(value, zero, x) for x in trees[1]]
   only = lambda t: {'embed': t['embed']}
-  return estimators.View(
-      deltas=lambda: (jnp.asarray(b)[None], jnp.asarray(g)[None]),
-      readout=lambda: (only(trees[0]), [only(x) for x in trees[1]]),
-      gradients=lambda: trees, heads=lambda: trees[1],
-      parts=lambda: parts or [jax.tree.map(lambda x: x / 2, trees)] * 2,
-      directional=directional,
+  return estimators.Evidence(
+      deltas=(jnp.asarray(b)[None], jnp.asarray(g)[None]),
+      readout=(only(trees[0]), [only(x) for x in trees[1]]),
+      gradients=(along[-1][1], trees[1]),
+      parts=[jax.tree.map(lambda x: x / 2, trees)] * 2,
+      hessian=[product for _, _, _, product in along],
       precondition=lambda t: _tree(_vector(t) * (
           1. if scale is None else scale)),
-      ahead=ahead, eta=ETA, smoothness=L * ETA)
+      ahead=lambda lam: value(_tree(ETA * (b + g @ lam)))[0],
+      eta=ETA, smoothness=L * ETA)
 
 
 def _config(**changes):
@@ -93,18 +87,18 @@ def _analytic(name, b, h, g, scale):
 
 
 @pytest.mark.parametrize('sign', [1., -1.])
-@pytest.mark.parametrize('heads', [1, 3])
+@pytest.mark.parametrize('modules', [1, 3])
 @pytest.mark.parametrize('name', estimators.ESTIMATORS)
-def test_the_analytic_lambda_of_a_quadratic(name, heads, sign):
+def test_the_analytic_lambda_of_a_quadratic(name, modules, sign):
   with jax.enable_x64(True):
-    b, h, g = _problem(heads, sign)
+    b, h, g = _problem(modules, sign)
     scale = np.linspace(.5, 2., N)
-    view = _view(b, h, g, scale)
-    estimate = estimators.ESTIMATORS[name](view, _config())
+    estimate = estimators.ESTIMATORS[name](_evidence(b, h, g, scale),
+                                           _config())
     expected = _analytic(name, b, h, g, scale)
-    assert estimate.lam.shape == (heads,)
+    assert estimate.lam.shape == (modules,)
     np.testing.assert_allclose(estimate.lam, expected, rtol=1e-5, atol=1e-5)
-    assert name == 'authors' or heads > 1 or np.sign(expected[0]) == sign
+    assert name == 'authors' or modules > 1 or np.sign(expected[0]) == sign
 
 
 @pytest.mark.parametrize('name', GRADIENT)
@@ -113,37 +107,37 @@ def test_the_analytic_lambda_of_a_quadratic(name, heads, sign):
 def test_a_scope_measures_its_parameters_only(name, scope, rows):
   with jax.enable_x64(True):
     b, h, g = _problem(1)
-    estimate = estimators.ESTIMATORS[name](_view(b, h, g),
+    estimate = estimators.ESTIMATORS[name](_evidence(b, h, g),
                                            _config(scope=scope))
     np.testing.assert_allclose(
         estimate.lam, _maximum(b[rows], g[rows], L * np.eye(len(b[rows]))),
         rtol=1e-5)
-    assert _vector(estimate.gradients[0]).shape == (N,)  # the step: all of it
 
 
 @pytest.mark.parametrize('name', estimators.ESTIMATORS)
 def test_no_perturbation_ends_finite_and_bounded(name):
   b, h, g = _problem(1)
   for size in (0., 1e-18):
-    estimate = estimators.ESTIMATORS[name](_view(b, h, size * g), _config())
+    estimate = estimators.ESTIMATORS[name](_evidence(b, h, size * g),
+                                           _config())
     config = dataclasses.replace(_config(), lambda_min=-1., lambda_max=1.)
     lam, _ = occ.track(occ.initial_state(1), estimate.lam, config)
     assert np.abs(lam) <= 1
 
 
-@pytest.mark.parametrize('heads', [1, 3])
-def test_without_a_maximum_curvature_falls_back_to_exact(heads):
-  b, h, g = _problem(heads, concave=False)
-  estimate = estimators.curvature(_view(b, h, g), _config())
+@pytest.mark.parametrize('modules', [1, 3])
+def test_without_a_maximum_curvature_falls_back_to_exact(modules):
+  b, h, g = _problem(modules, concave=False)
+  estimate = estimators.curvature(_evidence(b, h, g), _config())
   assert estimate.info['concave'] == 0
   np.testing.assert_allclose(
-      estimate.lam, estimators.exact(_view(b, h, g), _config()).lam)
+      estimate.lam, estimators.exact(_evidence(b, h, g), _config()).lam)
 
 
 def test_preconditioned_does_not_know_the_scale_of_p():
   b, h, g = _problem(1)
   scale = np.linspace(.5, 2., N)
-  lam = [estimators.preconditioned(_view(b, h, g, s * scale), _config()).lam
+  lam = [estimators.preconditioned(_evidence(b, h, g, s * scale), _config()).lam
          for s in (1., 1000.)]
   np.testing.assert_allclose(*lam, rtol=1e-4)
 
@@ -177,10 +171,10 @@ def test_cross_fitting_is_unbiased_and_one_batch_is_not():
 
 def test_cross_fitting_asks_for_disjoint_parts():
   b, h, g = _problem(1)
-  view = _view(b, h, g)
-  view = view._replace(parts=lambda: [view.gradients()])
-  with pytest.raises(ValueError, match='pieces'):
-    estimators.cross_fitted(view, _config())
+  seen = _evidence(b, h, g)
+  seen = seen._replace(parts=[seen.gradients])
+  with pytest.raises(ValueError, match='disjoint_parts'):
+    estimators.cross_fitted(seen, _config())
 
 
 def test_smoothness_of_a_gradient_step_is_l_eta():

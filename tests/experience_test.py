@@ -61,12 +61,12 @@ def _collect(plan, step=5, **rl):
   score = lambda *_: logprobs.LogProbs(
       zeros, np.zeros((P * G, S, 0), np.float32), zeros,
       np.zeros((P * G, S, 0), np.float32), np.zeros((P * G, S, 0), np.float32))
-  out = experience.collect(None, None, step, task=task, config=config,
-                           place=lambda params: params,
+  actor = experience.Actor(config, task, place=lambda params: params,
                            generate=_generate(task), score=score,
                            key=jax.random.key(0))
-  batch, metrics, show = out
-  return task, batch, metrics, [show(i) for i in range(P * G)]
+  rollout = experience.collect(actor, None, None, step)
+  samples = [rollout.sample(i, task.tokenizer) for i in range(P * G)]
+  return task, rollout.batch, rollout.metrics, samples
 
 
 def _groups(rows):

@@ -45,7 +45,7 @@ def _neighbours(x, heads):
 
 def _write(path, m, arch, kinds, extra=()):
   """Write a GGUF of seeded weights; return the weights as it holds them."""
-  mtp = config_lib.MTP(heads=0)
+  mtp = config_lib.MTP(modules=0)
   writer = gguf.GGUFWriter(str(path), arch)
   writer.add_block_count(m.n_layers)
   writer.add_embedding_length(m.d_model)
@@ -80,7 +80,7 @@ def _write(path, m, arch, kinds, extra=()):
 def test_a_gguf_holds_the_folders_model(arch, fields, tmp_path):
   m = config_lib.Model(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=64,
                        vocab_size=published.V, rope_theta=5e3, **fields)
-  mtp = config_lib.MTP(heads=0)
+  mtp = config_lib.MTP(modules=0)
   kind = gguf.GGMLQuantizationType
   path, held = _write(tmp_path / 'x.gguf', m, arch,
                       (kind.Q8_0, kind.Q4_1))
@@ -97,7 +97,7 @@ def test_a_gguf_holds_the_folders_model(arch, fields, tmp_path):
 
 def test_a_wrong_gguf_is_named(tmp_path):
   m = config_lib.Model(d_model=32, n_heads=4, d_ff=64, vocab_size=published.V)
-  mtp = config_lib.MTP(heads=0)
+  mtp = config_lib.MTP(modules=0)
   kinds = (gguf.GGMLQuantizationType.F32,)
   _, abstract = published.network(m, mtp)
   def refused(path, said):
@@ -122,7 +122,7 @@ def _smollm():
   path = str(pathlib.Path(found.origin).parent /
              'SmolLM2-135M-Instruct.Q4_1.gguf')
   m, _ = presets.model('smollm2_135m')
-  mtp = config_lib.MTP(heads=0)
+  mtp = config_lib.MTP(modules=0)
   net, abstract = published.network(m, mtp)
   return path, m, net, pretrained.load(path, abstract, m, mtp)
 
@@ -168,13 +168,12 @@ def test_smollm2_decodes_the_same_with_and_without_cache(smollm):
   for row, text in enumerate(prompts):
     ids = encode(text)
     tokens[row, r - len(ids):r], valid[row, r - len(ids):r] = ids, True
-  config = conftest.tiny_config(mtp=dict(heads=0, regime='rl_only'),
+  config = conftest.tiny_config(mtp=dict(modules=0, regime='rl_only'),
                                 rollout=dict(max_prompt=r, max_response=s))
   config.model = m
   cached, _ = jax.jit(lambda p: sampler.generate(
       p, tokens[:, :r], valid[:, :r], jax.random.key(0), config=config,
-      vocab_size=m.vocab_size, greedy=True, ends=tokenizers.Ends(2, (2,))))(
-          params)
+      greedy=True, ends=tokenizers.Ends(2, (2,))))(params)
 
   @jax.jit
   def following(params, tokens, valid, column):

@@ -7,67 +7,76 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_rl import forward, gradients, occ, sharding, train_step, tree
+from mtp_rl import (
+  forward,
+  gradients,
+  occ,
+  regimes,
+  sharding,
+  train_step,
+  tree,
+)
 from mtp_rl.models import transformer
 from mtp_rl.objectives import logprobs, policy
 from mtp_rl.objectives import mtp as mtp_loss
 from tests import batches
 
-V, S = batches.V, batches.S
+S = batches.S
 
-def _gradients(config, heads=1, params=None):
+
+def _gradients(config, modules=1, params=None):
   """The combined gradient of a config, the tracked state and the metrics."""
-  state = occ.initial_state(heads)
-  params = params or batches.params(heads)
+  state = occ.initial_state(modules)
+  params = params or batches.params(modules)
+  step = regimes.Step(jnp.float32(config.occ.eta), tree.theta)
   def run(params, batch):
-    out = gradients.gradients(params, batch, state, config, V,
-                              jnp.float32(config.occ.eta), tree.shared)
+    out = regimes.update_gradient(params, batch, state, config, step)
     return out.gradient, out.occ, out.metrics
-  return jax.jit(run)(params, batches.batch(heads))
+  return jax.jit(run)(params, batches.batch(modules))
 
 
-def _losses(config, heads=1):
+def _losses(config, modules=1):
   """L_RL and the L_MTP of each kind as functions of all parameters."""
-  batch = batches.batch(heads)
-  mask = logprobs.head_mask(batch.valid, S, heads)
+  batch = batches.batch(modules)
+  mask = logprobs.mtp_mask(batch.valid, S, modules)
   def scored(p):
-    return forward.score(p, batch.tokens, batch.valid, config=config,
-                            vocab_size=V, entropy=True)
+    return forward.score(p, batch.rows, config=config, entropy=True)
   def l_rl(p):
     out = scored(p)
     return policy.rl_loss(out.main, out.entropy, batch, config.rl)[0]
   def l_ce(p):
-    return mtp_loss.cross_entropy(scored(p).heads, mask)
+    return mtp_loss.cross_entropy(scored(p).mtp, mask)
   def l_pg(p):
-    return mtp_loss.policy_losses(scored(p).heads, mask, batch, config.rl,
+    return mtp_loss.policy_losses(scored(p).mtp, mask, batch, config.rl,
                                   config.mtp.reference)[0]
   return l_rl, {'ce': l_ce, 'policy': l_pg}
 
 
-@pytest.mark.parametrize('regime, heads, head_loss', [
-    ('ce', 1, 'joint'), ('policy', 2, 'joint'), ('policy', 1, 'ce'),
+@pytest.mark.parametrize('regime, modules, psi_loss', [
+    ('ce', 1, 'theta'), ('policy', 2, 'theta'), ('policy', 1, 'ce'),
     ('occ', 1, 'ce'), ('occ', 2, 'policy'), ('occ', 1, 'policy')])
-def test_one_pullback_is_the_sum_of_the_gradients(regime, heads, head_loss):
-  config = batches.config(regime, mtp=dict(heads=heads, head_loss=head_loss,
-                                    reference='mtp_old'),
-                   rl=dict(entropy_coef=.1, kl_coef=.05, tis_cap=1.1))
-  got, _, metrics = _gradients(config, heads)
-  l_rl, l_mtp = _losses(config, heads)
+def test_one_pullback_is_the_sum_of_the_gradients(regime, modules, psi_loss):
+  config = batches.config(
+      regime, mtp=dict(modules=modules, psi_loss=psi_loss,
+                       reference='mtp_old'),
+      rl=dict(entropy_coef=.1, kl_coef=.05, tis_cap=1.1))
+  got, _, metrics = _gradients(config, modules)
+  l_rl, l_mtp = _losses(config, modules)
   kind = 'ce' if regime == 'ce' else 'policy'
   if regime == 'occ':
-    lam = np.asarray([metrics[f'occ/lambda_{k + 1}'] for k in range(heads)]
-                     if heads > 1 else [metrics['occ/lambda']])
+    lam = np.asarray([metrics[f'occ/lambda_{k + 1}'] for k in range(modules)]
+                     if modules > 1 else [metrics['occ/lambda']])
     assert np.all(np.abs(lam) > 1e-4)
   else:
-    lam = np.full(heads, .3 / heads)
-  own = lam if head_loss == 'joint' else np.full(heads, 1. / heads)
+    lam = np.full(modules, .3 / modules)
+  own = lam if psi_loss == 'theta' else np.full(modules, 1. / modules)
   theta = jax.jit(jax.grad(lambda p: l_rl(p) + lam @ l_mtp[kind](p)))(
-      batches.params(heads))
-  own_kind = kind if head_loss == 'joint' else head_loss
+      batches.params(modules))
+  own_kind = kind if psi_loss == 'theta' else psi_loss
   psi = jax.jit(jax.grad(lambda p: own @ l_mtp[own_kind](p)))(
-      batches.params(heads))
-  batches.assert_close(tree.shared(got), tree.shared(theta))
-  batches.assert_close(tree.head(got), tree.head(psi))
+      batches.params(modules))
+  batches.assert_close(tree.theta(got), tree.theta(theta))
+  batches.assert_close(tree.psi(got), tree.psi(psi))
 
 
 @pytest.mark.parametrize('regime', ['rl_only', 'detach'])
@@ -76,12 +85,12 @@ def test_separate_regimes_leave_theta_to_rl(regime):
   got, _, _ = _gradients(config)
   l_rl, l_mtp = _losses(config)
   plain = jax.jit(jax.grad(l_rl))(batches.params())
-  batches.assert_close(tree.shared(got), tree.shared(plain))
+  batches.assert_close(tree.theta(got), tree.theta(plain))
   if regime == 'rl_only':
-    assert float(tree.norm(tree.head(got))) == 0
+    assert float(tree.norm(tree.psi(got))) == 0
   else:
     psi = jax.jit(jax.grad(lambda p: l_mtp['ce'](p).sum()))(batches.params())
-    batches.assert_close(tree.head(got), tree.head(psi))
+    batches.assert_close(tree.psi(got), tree.psi(psi))
 
 
 def test_reference_and_negative_lambda_reach_the_metrics():
@@ -96,22 +105,20 @@ def test_reference_and_negative_lambda_reach_the_metrics():
 
 def test_authors_lambda_scales_the_advantages():
   """lambda A enters the clipped loss, so its sign chooses the clip."""
-  config = batches.config('occ_authors', mtp=dict(head_loss='joint'),
-                   occ=dict(lambda_plus=5.))
+  config = batches.config('occ_authors', mtp=dict(psi_loss='theta'),
+                          occ=dict(lambda_plus=5.))
   got, _, metrics = _gradients(config)
   batch, lam = batches.batch(), float(metrics['occ/lambda'])
-  out = forward.score(batches.params(), batch.tokens, batch.valid,
-                         config=config, vocab_size=V)
-  mask = logprobs.head_mask(batch.valid, S, 1)
+  out = forward.score(batches.params(), batch.rows, config=config)
+  mask = logprobs.mtp_mask(batch.valid, S, 1)
   ratio = lambda x, old, m: np.where(m, x - old, 0.)
   d_rl = ratio(out.main, batch.old_main, batch.mask)
-  d_mtp = ratio(out.heads[..., 0], batch.old_main, mask[..., 0])
+  d_mtp = ratio(out.mtp[..., 0], batch.old_main, mask[..., 0])
   np.testing.assert_allclose(lam, np.clip(
       5. * np.mean(d_rl * d_mtp / (d_mtp ** 2 + 1e-8)), -1, 1), rtol=1e-3)
   def loss(p):
-    heads = forward.score(p, batch.tokens, batch.valid, config=config,
-                             vocab_size=V).heads[..., 0]
-    return policy.policy_loss(heads, batch.old_main, lam * batch.advantages,
+    mtp = forward.score(p, batch.rows, config=config).mtp[..., 0]
+    return policy.policy_loss(mtp, batch.old_main, lam * batch.advantages,
                               mask[..., 0], config.rl).loss
   l_rl, _ = _losses(config)
   plain = jax.jit(jax.grad(lambda p: l_rl(p) + loss(p)))(batches.params())
@@ -119,55 +126,69 @@ def test_authors_lambda_scales_the_advantages():
 
 
 @functools.cache
-def _plain(heads=2):
+def _plain(modules=2):
   """g_RL and [g_k] over theta by plain differentiation of each loss."""
-  l_rl, l_mtp = _losses(batches.config('exact', mtp=dict(heads=heads)), heads)
-  theta = tree.shared(batches.params(heads))
-  psi = tree.head(batches.params(heads))
+  l_rl, l_mtp = _losses(batches.config('exact', mtp=dict(modules=modules)),
+                        modules)
+  theta = tree.theta(batches.params(modules))
+  psi = tree.psi(batches.params(modules))
   up = lambda f: (lambda t: -f({**t, **psi}))
   jac = jax.jit(jax.jacrev(up(l_mtp['policy'])))(theta)
   return (jax.jit(jax.grad(up(l_rl)))(theta),
-          [jax.tree.map(lambda x, k=k: x[k], jac) for k in range(heads)])
+          [jax.tree.map(lambda x, k=k: x[k], jac) for k in range(modules)])
 
 
-@pytest.mark.parametrize('estimator, pieces', [
+@pytest.mark.parametrize('estimator, parts', [
     ('exact', 1), ('preconditioned', 2), ('cross_fitted', 2),
     ('curvature', 2)])
-def test_exact_products_are_those_of_plain_gradients(estimator, pieces):
-  config = batches.config(estimator, mtp=dict(heads=2),
-                          occ=dict(pieces=pieces))
+def test_exact_products_are_those_of_plain_gradients(estimator, parts):
+  config = batches.config(estimator, mtp=dict(modules=2),
+                          occ=dict(disjoint_parts=parts))
   got, _, metrics = _gradients(config, 2)
   g_rl, g = _plain()
   dots = [float(tree.dot(g_rl, x)) for x in g]
-  np.testing.assert_allclose(metrics['occ/exact/c'], sum(dots), rtol=1e-3)
-  np.testing.assert_allclose(metrics['occ/exact/v2'],
+  np.testing.assert_allclose(metrics[f'occ/{estimator}/c'], sum(dots),
+                             rtol=1e-3)
+  np.testing.assert_allclose(metrics[f'occ/{estimator}/v2'],
                              sum(float(tree.dot(x, x)) for x in g), rtol=1e-4)
   lam = [float(metrics[f'occ/lambda_{k + 1}']) for k in range(2)]
   expected = tree.axpy(lam[1], g[1], tree.axpy(lam[0], g[0], g_rl))
-  batches.assert_close(tree.shared(got), jax.tree.map(jnp.negative, expected))
+  batches.assert_close(tree.theta(got), jax.tree.map(jnp.negative, expected))
 
 
 def test_exact_lambda_is_that_of_plain_gradients():
   g_rl, g = _plain()
   gram = np.asarray([[float(tree.dot(a, b)) for b in g] for a in g])
   c = np.asarray([float(tree.dot(g_rl, a)) for a in g])
-  config = batches.config('exact', mtp=dict(heads=2),
+  config = batches.config('exact', mtp=dict(modules=2),
                           occ=dict(lambda_min=-99., lambda_max=99.))
   metrics = _gradients(config, 2)[2]
   np.testing.assert_allclose([metrics['occ/lambda_1'], metrics['occ/lambda_2']],
                              np.linalg.solve(gram, c), rtol=1e-3)
 
 
+def test_a_scope_measures_its_parameters_and_the_step_is_over_all():
+  config = batches.config('exact', mtp=dict(modules=2),
+                          occ=dict(scope='trunk'))
+  got, _, metrics = _gradients(config, 2)
+  g_rl, g = _plain()
+  c = sum(float(tree.dot(g_rl['blocks'], x['blocks'])) for x in g)
+  np.testing.assert_allclose(metrics['occ/exact/c'], c, rtol=1e-3)
+  lam = [float(metrics[f'occ/lambda_{k + 1}']) for k in range(2)]
+  expected = tree.add(g_rl, tree.weighted(lam, g))
+  batches.assert_close(tree.theta(got), jax.tree.map(jnp.negative, expected))
+
+
 @pytest.mark.parametrize('tied', [True, False])
 def test_readout_holds_the_trunk_fixed(tied):
   config = batches.config('readout', model=dict(tie_embeddings=tied))
-  params = forward.network(config, V).init(
+  params = forward.network(config).init(
       jax.random.key(1), jnp.zeros((1, 5), int), jnp.ones((1, 5), bool))[
           'params']
   batch = batches.batch()
-  out = jax.jit(lambda p: gradients.gradients(
-      p, batch, occ.initial_state(1), config, V).metrics)(params)
-  net, mask = forward.network(config, V), logprobs.head_mask(batch.valid, S, 1)
+  out = jax.jit(lambda p: regimes.update_gradient(
+      p, batch, occ.initial_state(1), config).metrics)(params)
+  net, mask = forward.network(config), logprobs.mtp_mask(batch.valid, S, 1)
   fixed = net.apply({'params': params}, batch.tokens, batch.valid,
                     method='trunk')
 
@@ -179,9 +200,9 @@ def test_readout_holds_the_trunk_fixed(tied):
         h, ahead, transformer.head_matrix(p), batch.tokens, S)
     return jnp.stack([
         policy.rl_loss(scored.main, None, batch, config.rl)[0],
-        mtp_loss.policy_losses(scored.heads, mask, batch, config.rl,
+        mtp_loss.policy_losses(scored.mtp, mask, batch, config.rl,
                                'main_old')[0][0]])
-  jac = tree.shared(jax.jit(jax.jacrev(losses))(params))
+  jac = tree.theta(jax.jit(jax.jacrev(losses))(params))
   g_rl, g = (jax.tree.map(lambda x, i=i: x[i], jac) for i in range(2))
   assert float(tree.norm(g_rl['blocks'])) == 0
   np.testing.assert_allclose(out['occ/readout/c'], tree.dot(g_rl, g),
@@ -192,38 +213,38 @@ def test_readout_holds_the_trunk_fixed(tied):
 def test_cross_fitting_pairs_disjoint_prompts():
   config = batches.config('cross_fitted')
   metrics = _gradients(config)[2]
-  batch, psi = batches.batch(), tree.head(batches.params())
-  mask = logprobs.head_mask(batch.valid, S, 1)
+  batch, psi = batches.batch(), tree.psi(batches.params())
+  mask = logprobs.mtp_mask(batch.valid, S, 1)
 
   def gradient(theta, parity, kind):
     """Of the whole minibatch's loss, through the rows of some prompts."""
     own = (jnp.arange(batches.ROWS) // config.rl.group % 2 == parity)[:, None]
     def loss(theta):
-      out = forward.score({**theta, **psi}, batch.tokens, batch.valid,
-                          config=config, vocab_size=V)
+      out = forward.score({**theta, **psi}, batch.rows, config=config)
       if kind == 'rl':
         main = jnp.where(own, out.main, jax.lax.stop_gradient(out.main))
         return policy.rl_loss(main, None, batch, config.rl)[0]
-      heads = jnp.where(own[..., None], out.heads,
-                        jax.lax.stop_gradient(out.heads))
-      return mtp_loss.policy_losses(heads, mask, batch, config.rl,
+      mtp = jnp.where(own[..., None], out.mtp,
+                      jax.lax.stop_gradient(out.mtp))
+      return mtp_loss.policy_losses(mtp, mask, batch, config.rl,
                                     'main_old')[0][0]
     return jax.grad(loss)(theta)
 
-  theta = tree.shared(batches.params())
+  theta = tree.theta(batches.params())
   gradient = jax.jit(gradient, static_argnums=2)
   cross = 2 * sum(tree.dot(gradient(theta, i, 'rl'),
                            gradient(theta, 1 - i, 'mtp')) for i in (0, 1))
-  np.testing.assert_allclose(metrics['occ/exact/c_cross'], cross, rtol=1e-3)
+  np.testing.assert_allclose(metrics['occ/cross_fitted/c_cross'], cross,
+                             rtol=1e-3)
 
 
 def test_hessian_vector_product_is_the_central_difference():
   # Without clips: a difference across a kink measures the jump, not H.
-  config = batches.config('curvature', occ=dict(pieces=2),
+  config = batches.config('curvature', occ=dict(disjoint_parts=2),
                           rl=dict(clip_low=1., clip_high=1e6, dual_clip=0.))
   _, _, metrics = _gradients(config)
   l_rl, l_mtp = _losses(config)
-  theta, psi = tree.shared(batches.params()), tree.head(batches.params())
+  theta, psi = tree.theta(batches.params()), tree.psi(batches.params())
   grad = jax.jit(jax.grad(lambda t: -l_rl({**t, **psi})))
   g = jax.jit(jax.grad(lambda t: -l_mtp['policy']({**t, **psi})[0]))(theta)
   # Richardson: two central differences, the error of order h^2 cancelled.
@@ -240,16 +261,17 @@ def test_hessian_vector_product_is_the_central_difference():
   assert float(tree.norm(gap) / tree.norm(hg)) < 1e-3
   curvature = float(tree.dot(g, hg))
   cross = float(tree.dot(grad(theta), hg))
-  np.testing.assert_allclose(metrics['occ/exact/mtp_h_mtp'], curvature,
+  np.testing.assert_allclose(metrics['occ/curvature/mtp_h_mtp'], curvature,
                              rtol=1e-3)
-  np.testing.assert_allclose(metrics['occ/exact/rl_h_mtp'], cross, rtol=1e-3)
-  c, eta = float(metrics['occ/exact/c']), config.occ.eta
+  np.testing.assert_allclose(metrics['occ/curvature/rl_h_mtp'], cross,
+                             rtol=1e-3)
+  c, eta = float(metrics['occ/curvature/c']), config.occ.eta
   if curvature < 0:
     expected = -(c + eta * cross) / (eta * curvature)
   else:
-    expected = c / float(metrics['occ/exact/v2'])
-  assert metrics['occ/exact/concave'] == (curvature < 0)
-  np.testing.assert_allclose(metrics['occ/exact/lambda_star'], expected,
+    expected = c / float(metrics['occ/curvature/v2'])
+  assert metrics['occ/curvature/concave'] == (curvature < 0)
+  np.testing.assert_allclose(metrics['occ/curvature/lambda_star'], expected,
                              rtol=5e-3)
   np.testing.assert_allclose(metrics['occ/lambda'], np.clip(expected, -1, 1),
                              rtol=5e-3)
@@ -258,7 +280,7 @@ def test_hessian_vector_product_is_the_central_difference():
 def test_the_guard_bounds_what_mtp_adds():
   config = batches.config('exact', occ=dict(guard=.01, lambda_plus=50.,
                                             lambda_max=99., lambda_min=-99.))
-  got = tree.shared(_gradients(config)[0])
+  got = tree.theta(_gradients(config)[0])
   g_rl, _ = _plain(1)
   added = tree.norm(tree.add(got, g_rl))  # got descends
   np.testing.assert_allclose(added, .01 * tree.norm(g_rl), rtol=1e-2)
@@ -268,20 +290,20 @@ def test_l_eta_is_measured_on_the_update_itself():
   config = batches.config('cross_fitted', occ=dict(probe_every=2, eta=0.))
   mesh = sharding.make_mesh(config.mesh)
   batch = batches.batch()
-  theta = lambda p: {**p, **tree.head(before)}
+  theta = lambda p: {**p, **tree.psi(before)}
   with jax.set_mesh(mesh):
-    steps = train_step.make(config, V, mesh)
+    steps = train_step.make(config, mesh)
     state = steps.init(jax.random.key(0))
     before = jax.device_get(state.params)
     state, _ = steps.update(state, batch)
     after = jax.device_get(state.params)
     value = jax.jit(jax.value_and_grad(
-        lambda p: gradients.objective(p, batch, config, V)))
+        lambda p: gradients.objective(p, batch, config)))
     j0, g = value(before)
     j1, _ = value(theta(after))
-    descent = tree.shared(_gradients(config, params=before)[0])
-    move = jax.tree.map(np.subtract, tree.shared(after), tree.shared(before))
-    ratio = 2 * (tree.dot(tree.shared(g), move) - (j1 - j0)) / -tree.dot(
+    descent = tree.theta(_gradients(config, params=before)[0])
+    move = jax.tree.map(np.subtract, tree.theta(after), tree.theta(before))
+    ratio = 2 * (tree.dot(tree.theta(g), move) - (j1 - j0)) / -tree.dot(
         descent, move)
     expected = .9 * .5 + .1 * np.clip(ratio, .05, 1.)
     measured = float(state.occ.smoothness)

@@ -31,7 +31,7 @@ def _variants(family):
 @pytest.mark.parametrize('family', published.TRUNKS)
 def test_random_small_models_have_the_logits_of_transformers(family, tmp_path):
   for seed, m in enumerate(_variants(family)):
-    mtp = published.model(family, heads=0)[1]
+    mtp = published.model(family, modules=0)[1]
     tensors = published.weights(m, mtp, seed=seed + 5)
     want, _ = make.logits(m, mtp, tensors)
     path = published.write(tmp_path / str(seed), m, mtp, tensors)
@@ -50,7 +50,7 @@ def test_modules_have_the_logits_of_transformers(family, tmp_path):
   net, abstract = published.network(m, mtp)
   main, ahead = published.logits(net, pretrained.load(path, abstract, m, mtp))
 
-  bare = dataclasses.replace(mtp, heads=0)
+  bare = dataclasses.replace(mtp, modules=0)
   trunk = {k: v for k, v in tensors.items() if k in pretrained.shapes(
       published.network(m, bare)[1], m)}
   _, model = make.logits(m, bare, trunk)

@@ -7,7 +7,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtp_rl import config as config_lib
-from mtp_rl import hlo, sharding
+from mtp_rl import sharding
+from mtp_rl.aot import hlo
 
 N, D, LAYERS = 8, 16, 5
 

@@ -28,7 +28,7 @@ def _run(module, *flags):
     ('train', (QUICK, '--distributed'), 'do not find each other'),
     ('train', (QUICK, '--process=1'), 'go together'),
     ('diagnose', ('--distributed',), 'distributed'),
-    ('train', (QUICK, '--config.mtp.heads=0'), 'mtp.heads=0'),
+    ('train', (QUICK, '--config.mtp.modules=0'), 'mtp.modules=0'),
     ('train', (QUICK, '--config.mesh.data=3'), 'mesh.data'),
     ('train', (QUICK, '--config.rollout.max_prompt=3'), 'rollout.max_prompt=3'),
     ('pretrain', (QUICK, '--config.task.name=chess'), 'chess'),

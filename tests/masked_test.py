@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtp_rl import masked
+from mtp_rl.objectives import masked
 
 X = np.asarray([[1., 2., 3.], [10., 20., 30.], [7., 8., 9.]], np.float32)
 M = np.asarray([[1, 1, 0], [1, 0, 0], [0, 0, 0]], bool)

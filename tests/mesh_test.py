@@ -9,16 +9,15 @@ import pytest
 from mtp_rl import sharding, train_step, tree
 from tests import batches
 
-V, REGIMES = batches.V, batches.REGIMES
-
 
 @functools.cache
-def _three_updates(regime, data=1, fsdp=1, model=1):
+def _three_updates(regime, data=1, fsdp=1, tensor=1):
   """Parameters before, the state after three updates, and last metrics."""
-  config = batches.config(regime, mesh=dict(data=data, fsdp=fsdp, model=model))
+  config = batches.config(regime,
+                          mesh=dict(data=data, fsdp=fsdp, tensor=tensor))
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    steps = train_step.make(config, V, mesh)
+    steps = train_step.make(config, mesh)
     state = steps.init(jax.random.key(0))
     before = jax.device_get(state.params)
     for seed in range(3):
@@ -26,10 +25,10 @@ def _three_updates(regime, data=1, fsdp=1, model=1):
     return before, jax.device_get(state), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize('regime', REGIMES)
+@pytest.mark.parametrize('regime', batches.REGIMES)
 def test_a_mesh_of_8_is_no_mesh(regime):
   _, one, seen = _three_updates(regime)
-  _, many, seen_many = _three_updates(regime, data=2, fsdp=2, model=2)
+  _, many, seen_many = _three_updates(regime, data=2, fsdp=2, tensor=2)
   batches.assert_close(one.params, many.params, rtol=1e-5, atol=1e-5)
   # The authors' mean of ratios divides by single deltas near zero.
   rtol = 1e-3 if regime == 'occ_authors' else 1e-4
@@ -39,10 +38,10 @@ def test_a_mesh_of_8_is_no_mesh(regime):
 
 
 def test_parameters_are_really_sharded():
-  config = batches.config(mesh=dict(data=2, fsdp=2, model=2))
+  config = batches.config(mesh=dict(data=2, fsdp=2, tensor=2))
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    state = train_step.make(config, V, mesh).init(jax.random.key(0))
+    state = train_step.make(config, mesh).init(jax.random.key(0))
   kernel = state.params['blocks']['layers']['gate']['kernel']
   assert kernel.addressable_shards[0].data.shape == (2, 8, 16)  # of 2, 16, 32
   moments = [x for path, x in jax.tree_util.tree_flatten_with_path(
@@ -50,13 +49,13 @@ def test_parameters_are_really_sharded():
   assert moments[0].sharding == kernel.sharding
 
 
-def test_rl_only_leaves_the_head_untouched_and_detach_does_not():
+def test_rl_only_leaves_psi_untouched_and_detach_does_not():
   for regime, moves in (('rl_only', False), ('detach', True)):
     before, after, _ = _three_updates(regime)
     gap = lambda part: float(tree.norm(jax.tree.map(
         np.subtract, part(after.params), part(before))))
-    assert gap(tree.shared) > 0
-    assert (gap(tree.head) > 0) == moves
+    assert gap(tree.theta) > 0
+    assert (gap(tree.psi) > 0) == moves
 
 
 @pytest.mark.parametrize('regime', ('occ', 'curvature'))
@@ -64,15 +63,15 @@ def test_bfloat16_on_a_mesh_is_near_float32(regime):
   """Parameters, moments and gradients stay float32; lambda is near."""
   out = {}
   for dtype in ('float32', 'bfloat16'):
-    config = batches.config(regime, mesh=dict(data=2, fsdp=2, model=2),
+    config = batches.config(regime, mesh=dict(data=2, fsdp=2, tensor=2),
                             model=dict(dtype=dtype, vocab_size=12))
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-      steps = train_step.make(config, 12, mesh)
+      steps = train_step.make(config, mesh)
       state, metrics = steps.update(steps.init(jax.random.key(0)),
                                     batches.batch())
     assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {'float32'}
     out[dtype] = jax.device_get(metrics)
-  for name in ('actor/pg_loss', 'grad_norm/policy', 'grad_norm/mtp'):
+  for name in ('actor/pg_loss', 'grad_norm/theta', 'grad_norm/psi'):
     np.testing.assert_allclose(out['bfloat16'][name], out['float32'][name],
                                rtol=.05, atol=.02, err_msg=name)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_rl import forward, tree
+from mtp_rl import config as config_lib
+from mtp_rl import forward, tree, types
 from mtp_rl.models import attention, transformer
 from mtp_rl.objectives import logprobs
 from tests import conftest
@@ -23,11 +24,15 @@ def _tokens(lengths, seed=0):
   return np.where(valid, tokens, 0), valid
 
 
+def _network(config):
+  return forward.network(config_lib.with_vocabulary(config, V))
+
+
 RAGGED = _tokens([(5, 4), (2, 3), (1, 0), (3, 1)])
 
 
 def _model(config):
-  net = forward.network(config, V)
+  net = _network(config)
   params = net.init(jax.random.key(0), *RAGGED)['params']
   return net, params
 
@@ -55,7 +60,7 @@ def test_cached_decoding_is_the_full_forward(sections):
 
 
 def test_padding_and_other_rows_change_nothing(tiny):
-  config = tiny(mtp=dict(heads=2))
+  config = tiny(mtp=dict(modules=2))
   net, params = _model(config)
   tokens, valid = RAGGED
   apply = jax.jit(lambda t, v: net.apply({'params': params}, t, v))
@@ -79,7 +84,7 @@ def test_padding_and_other_rows_change_nothing(tiny):
 
 
 def test_depth_k_sees_token_i_plus_k_and_none_after_it(tiny):
-  net, params = _model(tiny(mtp=dict(heads=3)))
+  net, params = _model(tiny(mtp=dict(modules=3)))
   tokens = np.full((1, 9), 4, np.int32)
   valid = np.ones((1, 9), bool)
   base = net.apply({'params': params}, tokens, valid)
@@ -122,7 +127,7 @@ def test_attention_is_softmax_attention():
 
 def test_swapped_concat_is_another_model(tiny):
   net, params = _model(tiny())
-  swapped = forward.network(tiny(mtp=dict(concat='emb_h')), V)
+  swapped = _network(tiny(mtp=dict(concat='emb_h')))
   a = net.apply({'params': params}, *RAGGED)[1][0]
   b = swapped.apply({'params': params}, *RAGGED)[1][0]
   assert np.abs(a - b)[RAGGED[1]].max() > 1e-3
@@ -137,7 +142,7 @@ def test_swapped_concat_is_another_model(tiny):
 
 @pytest.mark.parametrize('kind', ['sequential', 'parallel'])
 def test_only_a_sequential_module_sees_the_tokens_between(kind, tiny):
-  net, params = _model(tiny(mtp=dict(kind=kind, heads=2)))
+  net, params = _model(tiny(mtp=dict(kind=kind, modules=2)))
   tokens, valid = _tokens([(5, 4), (5, 4)])
   states = net.apply({'params': params}, tokens, valid)[1]
   place = tokens.shape[1] - 3
@@ -163,12 +168,13 @@ def test_which_trunk_state_depth_1_receives(hidden, tiny):
 
 
 def _head_gradient(config):
-  """Gradient of a heads-only loss over all parameters."""
+  """Gradient of a loss of the MTP modules alone over all parameters."""
   params = _model(config)[1]
   def loss(p):
-    out = forward.score(p, *RAGGED, config=config, vocab_size=V)
-    return jnp.sum(jnp.where(logprobs.head_mask(RAGGED[1], S, 2)[..., :],
-                             out.heads, 0.))
+    out = forward.score(p, types.Tokens(*RAGGED),
+                        config=config_lib.with_vocabulary(config, V))
+    return jnp.sum(jnp.where(logprobs.mtp_mask(RAGGED[1], S, 2)[..., :],
+                             out.mtp, 0.))
   return jax.jit(jax.grad(loss))(params)
 
 
@@ -176,7 +182,7 @@ def _head_gradient(config):
 def test_each_detach_switch_cuts_its_path_exactly(tied, tiny):
   def gradient(**switches):
     return _head_gradient(tiny(
-        model=dict(tie_embeddings=tied), mtp=dict(heads=2, **switches),
+        model=dict(tie_embeddings=tied), mtp=dict(modules=2, **switches),
         rollout=dict(max_response=S)))
   norm = lambda g, *names: float(sum(tree.norm(g[n]) for n in names))
   free = gradient()
@@ -196,7 +202,7 @@ def test_each_detach_switch_cuts_its_path_exactly(tied, tiny):
     assert norm(other, 'lm_head') == 0
   all_cut = gradient(detach_hidden=True, detach_embedding=True,
                      detach_head=True)
-  assert float(tree.norm(tree.shared(all_cut))) == 0
+  assert float(tree.norm(tree.theta(all_cut))) == 0
   for g in (hidden, one, other, all_cut):
-    np.testing.assert_allclose(tree.norm(tree.head(g)),
-                               tree.norm(tree.head(free)), rtol=1e-5)
+    np.testing.assert_allclose(tree.norm(tree.psi(g)),
+                               tree.norm(tree.psi(free)), rtol=1e-5)

@@ -13,7 +13,7 @@ from mtp_rl import forward, gradients, sharding, tokenizers
 from mtp_rl.models import moe, transformer
 from mtp_rl.objectives import logprobs
 from mtp_rl.rollout import experience
-from tests import batches, conftest
+from tests import batches
 
 M = config_lib.Model(d_model=6, experts=8, experts_per_token=3, expert_ff=5,
                      router_groups=4, router_top_groups=2, router_scale=1.3)
@@ -81,7 +81,7 @@ def test_gradient_and_its_jvp_are_the_dense_layers():
   batches.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize('mesh', ({}, dict(fsdp=2, model=2, expert=2)))
+@pytest.mark.parametrize('mesh', ({}, dict(fsdp=2, tensor=2, expert=2)))
 def test_bfloat16_experts_have_float32_gradients(mesh):
   """Near those of no mesh, unrounded, and so is the jvp of the gradient."""
   m = dataclasses.replace(M, expert_ff=4)
@@ -116,8 +116,8 @@ def test_the_correction_bias_chooses_and_gets_no_gradient():
 
 @functools.cache
 def _model():
-  config = conftest.tiny_config(model=EXPERTS)
-  net = forward.network(config, batches.V)
+  config = batches.config(model=EXPERTS)
+  net = forward.network(config)
   batch = batches.batch()
   params = jax.jit(net.init)(jax.random.key(0), batch.tokens[:1],
                              batch.valid[:1])['params']
@@ -127,8 +127,8 @@ def _model():
 def test_load_counts_valid_tokens_alone():
   config, _, params, batch = _model()
   out = jax.jit(functools.partial(
-      forward.score, config=config, vocab_size=batches.V, entropy=True,
-      acceptance=True))(params, batch.tokens, batch.valid)
+      forward.score, config=config, entropy=True,
+      acceptance=True))(params, batch.rows)
   out = jax.tree.map(np.asarray, out)
   assert out.load.shape == (batches.ROWS, 1, 4)
   np.testing.assert_array_equal(out.load.sum((1, 2)), 2 * batch.valid.sum(1))
@@ -160,30 +160,29 @@ def test_cached_decoding_is_the_full_forward_through_dense_and_sparse_layers():
 
 
 def _gradient(**mesh):
-  """Gradient of the log-probs of main head and MTP head, on a mesh."""
+  """Gradient of the log-probs of main head and MTP module, on a mesh."""
   config = batches.config(model=EXPERTS, mesh=mesh)
   _, _, params, batch = _model()
   mesh = sharding.make_mesh(config.mesh)
   placed = jax.device_put(params, sharding.tree_shardings(params, mesh))
 
-  def loss(params, tokens, valid):
-    out = forward.score(params, tokens, valid, config=config,
-                        vocab_size=batches.V)
-    mask = logprobs.head_mask(valid, batches.S, 1)
-    return jnp.sum(out.main * valid[:, batches.R:]) + jnp.sum(
-        out.heads * mask), out.load
+  def loss(params, rows):
+    out = forward.score(params, rows, config=config)
+    mask = logprobs.mtp_mask(rows.valid, batches.S, 1)
+    return jnp.sum(out.main * rows.valid[:, batches.R:]) + jnp.sum(
+        out.mtp * mask), out.load
 
   rows = sharding.batch_sharding(mesh)
   with jax.set_mesh(mesh):
     out = jax.jit(jax.grad(loss, has_aux=True))(
-        placed, *jax.device_put((batch.tokens, batch.valid), rows))
+        placed, jax.device_put(batch.rows, rows))
   kernel = placed['blocks']['layers']['experts']['gate']['kernel']
   return jax.device_get(out), kernel.addressable_shards[0].data.shape
 
 
 def test_a_mesh_with_experts_apart_is_no_mesh():
   one, _ = _gradient()
-  many, shard = _gradient(fsdp=2, model=2, expert=2)
+  many, shard = _gradient(fsdp=2, tensor=2, expert=2)
   assert shard == (1, 2, 8, 4)  # of 1, 4, 16, 8
   batches.assert_close(one, many, rtol=1e-4, atol=1e-4)
   experts = one[0]['mtp']['depth_1']['block']['experts']
@@ -193,10 +192,10 @@ def test_a_mesh_with_experts_apart_is_no_mesh():
 
 def test_hessian_vector_products_pass_the_whole_model(monkeypatch):
   """jvp of grad J with `mixture`, and with all experts on every token."""
-  config = batches.config('rl_only', mtp=dict(heads=0), model=EXPERTS | dict(
+  config = batches.config('rl_only', mtp=dict(modules=0), model=EXPERTS | dict(
       n_layers=1, dense_layers=0, remat='dots'))
   batch = batches.batch()
-  net = forward.network(config, batches.V)
+  net = forward.network(config)
   params = jax.jit(net.init)(jax.random.key(1), batch.tokens[:1],
                              batch.valid[:1])['params']
   v = jax.tree.map(np.cos, params)
@@ -209,7 +208,7 @@ def test_hessian_vector_products_pass_the_whole_model(monkeypatch):
     return jnp.einsum('ne,nef,efd->nd', w, z, down)
 
   def product():
-    grad = jax.grad(lambda p: gradients.objective(p, batch, config, batches.V))
+    grad = jax.grad(lambda p: gradients.objective(p, batch, config))
     return jax.jit(lambda p: jax.jvp(grad, (p,), (v,)))(params)
 
   sparse = product()

@@ -9,7 +9,7 @@ from mtp_rl import occ
 
 
 def _products(g_rl, g):
-  """Products of explicit vectors; g has one column a head."""
+  """Products of explicit vectors; g has one column a module."""
   return occ.Products(jnp.asarray(g.T @ g_rl), jnp.asarray(g.T @ g),
                       jnp.asarray(g_rl @ g_rl))
 
@@ -33,37 +33,37 @@ def test_lambda_star_maximises_the_bound():
 
 
 def test_logprob_products_by_hand():
-  # Head 2 misses the first token. delta_RL = (.1, .2, -.1, masked),
+  # Module 2 misses the first token. delta_RL = (.1, .2, -.1, masked),
   # delta_MTP1 = (.5, -.5, 1, -), delta_MTP2 = (-, .3, .2, -).
   mask = np.asarray([[1, 1], [1, 0]], bool)
-  head_mask = np.stack([mask, mask & [[0, 1], [1, 1]]], -1)
+  mtp_mask = np.stack([mask, mask & [[0, 1], [1, 1]]], -1)
   old = np.asarray([[-1., -2.], [-3., 99.]], np.float32)
   main = old + np.asarray([[.1, .2], [-.1, 7.]], np.float32)
-  heads = old[..., None] + np.asarray(
+  mtp = old[..., None] + np.asarray(
       [[[.5, 5.], [-.5, .3]], [[1., .2], [9., 9.]]], np.float32)
-  reference = np.broadcast_to(old[..., None], heads.shape)
-  p = occ.logprob_products(*occ.deltas(main, heads, old, reference, mask,
-                                       head_mask))
+  reference = np.broadcast_to(old[..., None], mtp.shape)
+  p = occ.logprob_products(*occ.deltas(main, mtp, old, reference, mask,
+                                       mtp_mask))
   np.testing.assert_allclose(p.c, [.05 - .1 - .1, .06 - .02], atol=1e-5)
   np.testing.assert_allclose(p.gram, [[1.5, -.15 + .2], [.05, .13]], atol=1e-5)
   np.testing.assert_allclose(p.rl, .06, atol=1e-5)
-  config = config_lib.OCC(heads='per_head')
+  config = config_lib.OCC(solver='per_module')
   np.testing.assert_allclose(occ.coefficient(p, config),
                              [-.15 / 1.5, .04 / .13], rtol=1e-3)
 
 
 @pytest.mark.parametrize('sign', [1., -1.])
-@pytest.mark.parametrize('heads', [1, 3])
-def test_the_joint_coefficient_is_the_least_squares_solution(heads, sign):
-  """G^-1 c projects g_RL on the heads' span, whatever their overlap."""
+@pytest.mark.parametrize('modules', [1, 3])
+def test_the_joint_coefficient_is_the_least_squares_solution(modules, sign):
+  """G^-1 c projects g_RL on the modules' span, whatever their overlap."""
   rng = np.random.default_rng(0)
-  g_rl, g = sign * rng.normal(size=20), rng.normal(size=(20, heads))
+  g_rl, g = sign * rng.normal(size=20), rng.normal(size=(20, modules))
   got = occ.coefficient(_products(g_rl, g), config_lib.OCC())
   np.testing.assert_allclose(got, np.linalg.lstsq(g, g_rl, rcond=None)[0],
                              rtol=1e-4, atol=1e-5)
 
 
-def test_parallel_heads_share_the_coefficient():
+def test_parallel_modules_share_the_coefficient():
   g = np.asarray([[1., 1.], [2., 2.]])
   lam = occ.coefficient(_products(np.asarray([1., 2.]), g), config_lib.OCC())
   np.testing.assert_allclose(g @ np.asarray(lam), [1., 2.], rtol=1e-3)
@@ -91,7 +91,7 @@ def test_authors_form_by_hand():
                              rtol=1e-5)
 
 
-def _quadratic(heads, seed=0, indefinite=False):
+def _quadratic(modules, seed=0, indefinite=False):
   """J(theta) = b'theta + theta'H theta / 2 at theta = 0, and its products."""
   rng = np.random.default_rng(seed)
   n = 12
@@ -99,24 +99,24 @@ def _quadratic(heads, seed=0, indefinite=False):
   h = -(a @ a.T) / n - np.eye(n) * .1
   if indefinite:
     h = -h
-  b, g = rng.normal(size=n), rng.normal(size=(n, heads))
+  b, g = rng.normal(size=n), rng.normal(size=(n, modules))
   return b, h, g
 
 
 @pytest.mark.parametrize('sign', [1., -1.])
-@pytest.mark.parametrize('heads', [1, 3])
-def test_lambda_h_maximises_a_quadratic(heads, sign):
-  b, h, g = _quadratic(heads)
+@pytest.mark.parametrize('modules', [1, 3])
+def test_lambda_h_maximises_a_quadratic(modules, sign):
+  b, h, g = _quadratic(modules)
   g, eta = sign * g, .05
   lam, usable = occ.curvature_coefficient(
       _products(b, g), jnp.asarray(g.T @ h @ b), jnp.asarray(g.T @ h @ g), eta,
-      jnp.full(heads, np.nan))
+      jnp.full(modules, np.nan))
   # J(eta (b + G lambda)) is stationary in lambda: its gradient, over eta, is
   # G'(b + eta H (b + G lambda)) = 0.
   expected = np.linalg.solve(-eta * g.T @ h @ g, g.T @ b + eta * g.T @ h @ b)
   assert usable
   np.testing.assert_allclose(lam, expected, rtol=1e-4, atol=1e-5)
-  if heads == 1:
+  if modules == 1:
     grid = expected + np.linspace(-1, 1, 2001)
     delta = occ.decomposition_curvature(
         grid, float(g[:, 0] @ b), float(b @ h @ g[:, 0]),
@@ -146,10 +146,10 @@ def test_one_jvp_gives_gradient_slope_and_curvature_of_a_quadratic():
   np.testing.assert_allclose(slope, 0., atol=2e-3 * abs(float(c)))
 
 
-@pytest.mark.parametrize('heads', [1, 2])
-def test_without_negative_curvature_the_fallback_is_taken(heads):
-  b, h, g = _quadratic(heads, indefinite=True)
-  fallback = jnp.arange(1., heads + 1)
+@pytest.mark.parametrize('modules', [1, 2])
+def test_without_negative_curvature_the_fallback_is_taken(modules):
+  b, h, g = _quadratic(modules, indefinite=True)
+  fallback = jnp.arange(1., modules + 1)
   lam, usable = occ.curvature_coefficient(
       _products(b, g), jnp.asarray(g.T @ h @ b), jnp.asarray(g.T @ h @ g), .05,
       fallback)

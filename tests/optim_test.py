@@ -1,4 +1,4 @@
-"""Clipping apart and jointly, weight decay, schedules, frozen head."""
+"""Clipping apart and jointly, weight decay, schedules, frozen psi."""
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +13,22 @@ PARAMS = {'embed': {'embedding': jnp.ones((2, 2))},
           'mtp': {'depth_1': {'proj': {'kernel': jnp.ones((2, 2))}}}}
 
 
-def _updates(config, grads, train_head=True):
-  transform = optim.make(config, 1., train_head)
+def _updates(config, grads, train_psi=True):
+  transform = optim.make(config, 1., train_psi)
   return transform.update(grads, transform.init(PARAMS), PARAMS)[0]
 
 
 def _grads(theta, psi):
   fill = lambda t, x: jax.tree.map(lambda y: jnp.full_like(y, x), t)
-  return {**fill(tree.shared(PARAMS), theta), **fill(tree.head(PARAMS), psi)}
+  return {**fill(tree.theta(PARAMS), theta), **fill(tree.psi(PARAMS), psi)}
 
 
 @pytest.mark.parametrize('mode', ['separate', 'joint'])
-def test_a_huge_head_gradient_shrinks_theta_only_under_a_joint_clip(mode):
+def test_a_huge_gradient_of_psi_shrinks_theta_only_under_a_joint_clip(mode):
   # With Adam's eps = 1e3 far above the gradients, an update is ~ -g / eps.
   config = config_lib.Optim(clip=1., clip_mode=mode, weight_decay=0., eps=1e3)
   small, huge = (_updates(config, _grads(.1, psi)) for psi in (.1, 1e4))
-  ratio = float(tree.norm(tree.shared(huge)) / tree.norm(tree.shared(small)))
+  ratio = float(tree.norm(tree.theta(huge)) / tree.norm(tree.theta(small)))
   if mode == 'separate':
     np.testing.assert_allclose(ratio, 1., rtol=1e-5)
   else:
@@ -42,7 +42,7 @@ def test_clip_bounds_each_part_by_hand():
   # Six entries of 3 have norm 3 sqrt 6 > 1; four of .1 have norm .2 < 1.
   np.testing.assert_allclose(got['final_norm']['scale'], -1 / 6 ** .5 / 1e3,
                              rtol=1e-3)
-  np.testing.assert_allclose(tree.head(got)['mtp']['depth_1']['proj']['kernel'],
+  np.testing.assert_allclose(tree.psi(got)['mtp']['depth_1']['proj']['kernel'],
                              -.1 / 1e3, rtol=1e-3)
 
 
@@ -52,15 +52,15 @@ def test_weight_decay_acts_on_matrices_only():
   np.testing.assert_allclose(got['final_norm']['scale'], 0.)
 
 
-def test_a_frozen_head_gets_no_update_and_no_decay():
+def test_a_frozen_psi_gets_no_update_and_no_decay():
   got = _updates(config_lib.Optim(weight_decay=.5), _grads(1., 1.), False)
-  assert float(tree.norm(tree.head(got))) == 0
-  assert float(tree.norm(tree.shared(got))) > 0
+  assert float(tree.norm(tree.psi(got))) == 0
+  assert float(tree.norm(tree.theta(got))) > 0
 
 
 @pytest.mark.parametrize('kind, end', [('constant', 2.), ('linear', 0.),
                                        ('cosine', 0.)])
 def test_schedules_warm_up_from_above_zero_and_end(kind, end):
-  rate = optim.schedule(2., config_lib.Optim(schedule=kind, warmup=4), 20)
+  rate = optim.schedule(2., config_lib.Optim(schedule=kind, ramp=4), 20)
   np.testing.assert_allclose([rate(0), rate(4)], [.5, 2.], rtol=1e-6)
   np.testing.assert_allclose(rate(20), end, atol=1e-6)

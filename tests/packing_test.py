@@ -12,7 +12,6 @@ from mtp_rl import config as config_lib
 from mtp_rl import (
   forward,
   gradients,
-  masked,
   metrics,
   sharding,
   train_step,
@@ -20,7 +19,7 @@ from mtp_rl import (
 )
 from mtp_rl.diagnose import measure
 from mtp_rl.models import attention
-from mtp_rl.objectives import logprobs, policy
+from mtp_rl.objectives import logprobs, masked, policy
 from mtp_rl.rollout import packing
 from tests import batches, conftest
 
@@ -81,9 +80,9 @@ def test_few_numbers_of_rows_and_all_divide_over_the_devices(most, unit):
 def test_no_token_is_lost_or_changed():
   batch = batches.batch(2)
   packed = packing.pack(batch)
-  rows, segments = packed.mask.shape[0], packed.valid
+  rows, segments = packed.mask.shape[0], packed.segments
   assert rows < ROWS and packed.tokens.shape == (rows, T)
-  assert packed.old_heads.shape == (rows, T, 2)
+  assert packed.old_mtp.shape == (rows, T, 2)
   found = sorted((*packed.tokens[row, segments[row] == n],
                   -1, *packed.mask[row, segments[row] == n],
                   -1, *packed.old_main[row, segments[row] == n])
@@ -96,6 +95,8 @@ def test_no_token_is_lost_or_changed():
   assert len(found) == ROWS
   assert found == expected
   assert not packed.mask[segments == 0].any()
+  assert packed.valid.dtype == bool and segments.dtype == np.int32
+  np.testing.assert_array_equal(packed.valid, segments > 0)
   for new, old in zip(packed, packing.pack(batch, unit=ROWS)):
     assert len(old) == ROWS and new.dtype == old.dtype
 
@@ -112,17 +113,14 @@ def _scored(variant):
   """Scores of K = 2: of the rows as they are, and packed."""
   sections = dict(_VARIANTS[variant])
   config = batches.config(
-      mtp=dict(heads=2, **sections.pop('mtp', {})), **sections)
+      mtp=dict(modules=2, **sections.pop('mtp', {})), **sections)
   batch = batches.batch(2)
   params = batches.params(2)
   if variant in ('parallel', 'experts'):
-    params = forward.init(config, V, jax.random.key(1))
-  run = jax.jit(functools.partial(forward.score, config=config, vocab_size=V,
-                                  entropy=True),
-                static_argnames='responses')
+    params = forward.init(config, jax.random.key(1))
+  run = jax.jit(functools.partial(forward.score, config=config, entropy=True))
   packed = packing.pack(batch, 2)
-  return (run(params, batch.tokens, batch.valid),
-          run(params, packed.tokens, packed.valid, responses=T))
+  return run(params, batch.rows), run(params, packed.rows)
 
 
 @pytest.mark.parametrize('variant', _VARIANTS)
@@ -131,39 +129,40 @@ def test_every_token_has_its_log_probs(variant):
   plain, packed = _scored(variant)
   _assert_same_tokens(packed.main, plain.main, batch)
   _assert_same_tokens(packed.entropy, plain.entropy, batch)
-  seen = np.asarray(logprobs.head_mask(batch.valid, S, 2))
+  seen = np.asarray(logprobs.mtp_mask(batch.valid, S, 2))
   for k in range(2):
-    _assert_same_tokens(packed.heads[..., k], plain.heads[..., k], batch,
+    _assert_same_tokens(packed.mtp[..., k], plain.mtp[..., k], batch,
                         seen[..., k])
 
 
-def test_heads_predict_the_same_tokens():
+def test_modules_predict_the_same_tokens():
   batch = batches.batch(2)
   packed = packing.pack(batch)
-  seen = logprobs.head_mask(batch.valid, S, 2) & batch.mask[..., None]
-  np.testing.assert_array_equal(seen, logprobs.head_mask(batch.valid, S, 2))
-  got = logprobs.head_mask(packed.valid, T, 2) & packed.mask[..., None]
+  seen = logprobs.mtp_mask(batch.valid, S, 2) & batch.mask[..., None]
+  np.testing.assert_array_equal(seen, logprobs.mtp_mask(batch.valid, S, 2))
+  got = logprobs.mtp_mask(packed.segments, T, 2) & packed.mask[..., None]
   assert got.sum() == seen.sum()
   _assert_same_tokens(got, seen, batch)
 
 
 def test_what_stands_in_the_next_segment_reaches_no_prediction():
   """State i of module k sees column i + k, and where it counts no further."""
-  config, heads = batches.config(mtp=dict(heads=3)), 3
-  params = forward.init(config, V, jax.random.key(1))
+  modules = 3
+  config = batches.config(mtp=dict(modules=modules))
+  params = forward.init(config, jax.random.key(1))
   packed = packing.pack(batches.batch(1))
-  first = packed.valid == 1
+  first = packed.segments == 1
   tokens = np.where(first, packed.tokens, (packed.tokens + 1) % V)
-  net = forward.network(config, V)
+  net = forward.network(config)
   run = jax.jit(lambda tokens: net.apply({'params': params}, tokens,
-                                         packed.valid)[1])
+                                         packed.segments)[1])
   a, b = run(packed.tokens), run(tokens)
-  mask = np.asarray(logprobs.head_mask(packed.valid, T, heads))
-  for k in range(1, heads + 1):
+  mask = np.asarray(logprobs.mtp_mask(packed.segments, T, modules))
+  for k in range(1, modules + 1):
     changed = np.any(np.asarray(a[k - 1]) != np.asarray(b[k - 1]), -1)
     ahead = np.pad(first, ((0, 0), (0, k)))[:, k:]  # column i + k is its own
     assert not changed[first & ahead].any()
-    followed = (packed.valid == 2).any(1)
+    followed = (packed.segments == 2).any(1)
     assert changed[followed][(first & ~ahead)[followed]].all()
     read = np.pad(mask[..., k - 1], ((0, 0), (0, k + 1)))[:, k + 1:]
     assert (first & read).sum() > 10
@@ -176,15 +175,15 @@ def test_aggregations_are_per_sequence(how):
   packed = packing.pack(batch)
   np.testing.assert_allclose(
       masked.aggregate(packed.sampler, packed.mask, how,
-                       masked.Sequences(packed.valid, S)),
+                       masked.Sequences(packed.segments, S)),
       masked.aggregate(batch.sampler, batch.mask, how), rtol=1e-6)
 
 
 def test_a_packed_row_does_not_say_how_long_a_response_may_be():
   packed = packing.pack(batches.batch(1))
-  with pytest.raises(ValueError, match='longest'):
+  with pytest.raises(ValueError, match='max_response'):
     masked.aggregate(packed.sampler, packed.mask, 'seq-mean-token-sum-norm',
-                     masked.Sequences(packed.valid))
+                     masked.Sequences(packed.segments))
 
 
 @pytest.mark.parametrize('preset', ['dapo', 'gspo', 'cispo', 'grpo', 'dr_grpo'])
@@ -204,13 +203,13 @@ def test_losses_and_their_gradients(preset):
   assert np.abs(grad).max() > 1e-3
 
 
-def _update(config, batch, heads):
+def _update(config, batch, modules):
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    steps = train_step.make(config, V, mesh)
+    steps = train_step.make(config, mesh)
     state = steps.init(jax.random.key(0))._replace(params=jax.tree.map(
         lambda x, like: jax.device_put(jnp.copy(x), like.sharding),
-        batches.params(heads), steps.abstract.params))
+        batches.params(modules), steps.abstract.params))
     return jax.device_get(steps.update(state, batch))
 
 
@@ -218,7 +217,7 @@ def _update(config, batch, heads):
                                     'readout'])
 def test_an_update_is_the_same(regime):
   config = batches.config(
-      regime, mtp=dict(heads=2), optim=dict(clip=0.),
+      regime, mtp=dict(modules=2), optim=dict(clip=0.),
       rl=dict(aggregation='seq-mean-token-mean', entropy_coef=.01))
   batch = batches.batch(2)
   state, seen = _update(config, batch, 2)
@@ -233,8 +232,10 @@ def test_curvature_of_packed_rows():
   config = batches.config('curvature')
   @jax.jit
   def run(batch):
-    work = gradients.Minibatch(batches.params(1), batch, config, V)
-    return work.directional(work.whole[0])
+    work = gradients.score(batches.params(1), batch, config)
+    unit, = gradients.pull_each(work, 'policy')
+    return gradients.directional(work, gradients.pull_trunk(
+        work, unit.boundaries)[0])
   batch = batches.batch(1)
   batches.assert_close(run(packing.pack(batch)), run(batch), rtol=1e-4,
                        atol=1e-5)
@@ -246,7 +247,7 @@ def test_a_mesh_of_8_takes_packed_rows():
   batch = batches.batch(1)
   state, seen = _update(batches.config('logprob', **over), batch, 1)
   many = batches.config('logprob', **over,
-                        mesh=dict(data=2, fsdp=2, model=2))
+                        mesh=dict(data=2, fsdp=2, tensor=2))
   packed = packing.pack(batch, sharding.batch_devices(many.mesh))
   assert len(packed.mask) == 12
   packed_state, packed_seen = _update(many, packed, 1)
@@ -258,7 +259,7 @@ def test_a_mesh_of_8_takes_packed_rows():
     (dict(mtp=dict(regime='occ_authors')), 'mtp.regime=occ_authors'),
     (dict(occ=dict(estimator='authors')), 'occ.estimator=authors'),
     (dict(occ=dict(estimator='cross_fitted')), 'occ.estimator=cross_fitted'),
-    (dict(occ=dict(estimator='exact')), 'occ.pieces=1'),
+    (dict(occ=dict(estimator='exact')), 'occ.disjoint_parts=1'),
     (dict(model=dict(attention='cudnn')), 'model.attention=cudnn')])
 def test_what_cannot_be_packed_is_refused(sections, said):
   conftest.tiny_config(**sections)

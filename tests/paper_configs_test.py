@@ -7,15 +7,14 @@ import jax
 import pytest
 
 from configs import glm_4_5_air_dapo, mimo_7b_dapo, mimo_7b_gspo, smollm2_135m
-from mtp_rl import config as config_lib
-from mtp_rl import sharding, train_step, tree, validate
+from mtp_rl import regimes, sharding, train_step, tree, validate
 
 # What every one of the paper's runs has, by its authors' script.
 COMMON = {
     'rl.steps': 200, 'rl.prompts': 128, 'rl.group': 16, 'rl.minibatches': 4,
     'rl.lr': 1e-6, 'rl.advantage': 'grpo', 'rl.kl_coef': 0.,
     'rl.entropy_coef': 0., 'rl.overlong_buffer': 4096,
-    'rl.overlong_penalty': 1., 'optim.warmup': 10, 'optim.weight_decay': .1,
+    'rl.overlong_penalty': 1., 'optim.ramp': 10, 'optim.weight_decay': .1,
     'optim.clip': 1., 'optim.clip_mode': 'joint', 'optim.schedule': 'constant',
     'rollout.max_prompt': 2048, 'rollout.max_response': 8192,
     'rollout.top_k': 0, 'rollout.top_p': 1.,
@@ -26,8 +25,8 @@ COMMON = {
     'optim.b2': .999, 'optim.eps': 1e-8, 'mtp.kind': 'sequential',
     'mtp.hidden': 'post_norm', 'mtp.detach_hidden': False,
     'mtp.detach_embedding': False, 'mtp.detach_head': False,
-    'mtp.fresh': False, 'occ.heads': 'joint', 'occ.scope': 'all',
-    'mtp.heads': 1, 'mtp.regime': 'occ', 'mtp.head_loss': 'joint',
+    'mtp.fresh': False, 'occ.solver': 'gram', 'occ.scope': 'all',
+    'mtp.modules': 1, 'mtp.regime': 'occ', 'mtp.psi_loss': 'theta',
     'mtp.reference': 'main_old', 'occ.estimator': 'logprob',
     'occ.lambda_plus': 1., 'occ.eps': 1e-8, 'occ.lambda_min': -math.inf,
     'occ.lambda_max': math.inf, 'occ.ema': 0., 'occ.guard': 0.}
@@ -54,9 +53,10 @@ GLM = {'model.n_layers': 46, 'model.n_heads': 96, 'model.n_kv_heads': 8,
        'model.norm_topk': True}
 # How it is computed, or not read by these configs: ours to choose.
 OURS = {'rl.pack', 'model.dtype', 'model.remat', 'model.attention',
-        'optim.mu_dtype', 'rollout.model', 'rollout.expert', 'model.head_chunk',
-        'model.pretrained', 'rl.microbatches', 'rl.kl_kind', 'mtp.coef',
-        'mtp.head_coef', 'occ.pieces', 'occ.probe_every', 'occ.eta'}
+        'optim.mu_dtype', 'rollout.tensor', 'rollout.expert',
+        'model.head_chunk', 'model.pretrained', 'rl.microbatches', 'rl.kl_kind',
+        'mtp.coef', 'mtp.psi_coef', 'occ.disjoint_parts', 'occ.probe_every',
+        'occ.eta'}
 
 
 def _count(leaves):
@@ -81,14 +81,14 @@ def test_settings_are_the_papers_at_full_size(module, fields, parameters):
     for field in dataclasses.asdict(getattr(config, section)):
       assert f'{section}.{field}' in listed, 'a setting without its line'
   mesh = sharding.make_mesh(config.mesh)
-  steps = train_step.make(config, config.model.vocab_size, mesh)
+  steps = train_step.make(config, mesh)
   assert _count(steps.abstract.params) == parameters
   moments = _count(steps.abstract.opt_state) / parameters
   assert 2 <= moments < 2.001
 
 
 def test_each_regime_is_a_flag_away():
-  for regime in config_lib.REGIMES:
+  for regime in regimes.REGIMES:
     config = mimo_7b_dapo.get_config()
     config.mtp.regime = regime
     validate.validate(config)
@@ -98,6 +98,5 @@ def test_smollm2_has_its_parameters_and_a_module():
   config = smollm2_135m.get_config()
   validate.validate(config)
   mesh = sharding.make_mesh(config.mesh)
-  params = train_step.make(config, config.model.vocab_size,
-                           mesh).abstract.params
-  assert _count(tree.shared(params)) == 134_515_008
+  params = train_step.make(config, mesh).abstract.params
+  assert _count(tree.theta(params)) == 134_515_008

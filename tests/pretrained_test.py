@@ -28,7 +28,7 @@ def _folder(family, where, drop=(), **mtp):
 @pytest.mark.parametrize('family', published.TRUNKS)
 def test_logits_are_those_of_transformers(family, tmp_path):
   """Golden logits; tests/golden/make.py wrote them, padding included."""
-  m, mtp, _, path = _folder(family, tmp_path, heads=0)
+  m, mtp, _, path = _folder(family, tmp_path, modules=0)
   net, abstract = published.network(m, mtp)
   got, = published.logits(net, pretrained.load(path, abstract, m, mtp))
   valid = published.tokens()[1]
@@ -60,8 +60,8 @@ def test_export_and_import_are_exact(family, tmp_path):
   _, abstract = published.network(m, mtp)
   params = pretrained.load(path, abstract, m, mtp)
   assert presets.from_hf(presets.to_hf(m, mtp))[1] == (
-      dict(heads=1, kind='sequential', concat=mtp.concat, hidden='post_norm')
-      if mtp.heads else {})
+      dict(modules=1, kind='sequential', concat=mtp.concat, hidden='post_norm')
+      if mtp.modules else {})
   out = str(tmp_path / 'out')
   pretrained.save(out, params, m, mtp, shard_bytes=20000)
   files = sorted(pathlib.Path(out).glob('*.safetensors'))
@@ -85,8 +85,8 @@ def test_changed_modules_are_changed_in_the_export(family, changed, tmp_path):
   m, mtp, tensors, path = _folder(family, tmp_path)
   _, abstract = published.network(m, mtp)
   params = pretrained.load(path, abstract, m, mtp)
-  moved = {**params, tree.HEAD: jax.tree.map(lambda x: x + 1,
-                                             params[tree.HEAD])}
+  moved = {**params, tree.PSI: jax.tree.map(lambda x: x + 1,
+                                            params[tree.PSI])}
   pretrained.save(str(tmp_path / 'out'), moved, m, mtp)
   written = safe.load_file(tmp_path / 'out' / 'model.safetensors')
   for name, value in tensors.items():
@@ -113,22 +113,22 @@ def test_every_tensor_that_does_not_fit_is_in_one_error(tmp_path):
 
 
 def test_modules_are_fresh_on_request_only(tmp_path):
-  m, mtp = published.model('llama', heads=2)
-  bare = dataclasses.replace(mtp, heads=0)
+  m, mtp = published.model('llama', modules=2)
+  bare = dataclasses.replace(mtp, modules=0)
   path = published.write(tmp_path / 'hf', m, bare, published.weights(m, bare))
   net, abstract = published.network(m, mtp)
   with pytest.raises(config_lib.ConfigError, match='set mtp.fresh=true'):
     pretrained.load(path, abstract, m, mtp)
   fresh = jax.jit(net.init)(jax.random.key(3), *published.tokens())[
-      'params'][tree.HEAD]
+      'params'][tree.PSI]
   params = pretrained.load(path, abstract, m, mtp, fresh)
-  jax.tree.map(np.testing.assert_array_equal, params[tree.HEAD], fresh)
+  jax.tree.map(np.testing.assert_array_equal, params[tree.PSI], fresh)
   # With both depths written, one can be read and the other left.
   pretrained.save(str(tmp_path / 'out'), params, m, mtp)
-  one = dataclasses.replace(mtp, heads=1)
+  one = dataclasses.replace(mtp, modules=1)
   got = pretrained.load(str(tmp_path / 'out'), published.network(m, one)[1], m,
                         one)
-  jax.tree.map(np.testing.assert_array_equal, got[tree.HEAD]['depth_1'],
+  jax.tree.map(np.testing.assert_array_equal, got[tree.PSI]['depth_1'],
                fresh['depth_1'])
 
 
@@ -196,7 +196,7 @@ def test_each_device_reads_its_own_shards(tmp_path):
   m, mtp, _, path = _folder('glm4_moe', tmp_path)
   _, abstract = published.network(m, mtp)
   whole = pretrained.load(path, abstract, m, mtp)
-  mesh = sharding.make_mesh(config_lib.Mesh(fsdp=2, model=2, expert=2))
+  mesh = sharding.make_mesh(config_lib.Mesh(fsdp=2, tensor=2, expert=2))
   sharded = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       abstract, sharding.tree_shardings(abstract, mesh))
@@ -214,10 +214,10 @@ def test_host_memory_is_one_parameter_and_one_tensor(tmp_path, monkeypatch):
   """
   m = config_lib.Model(d_model=256, n_layers=6, n_heads=4, n_kv_heads=4,
                        d_ff=512, vocab_size=1024)
-  mtp = config_lib.MTP(heads=0)
+  mtp = config_lib.MTP(modules=0)
   path = published.write(tmp_path / 'hf', m, mtp, published.weights(m, mtp))
   _, abstract = published.network(m, mtp)
-  mesh = sharding.make_mesh(config_lib.Mesh(fsdp=4, model=2))
+  mesh = sharding.make_mesh(config_lib.Mesh(fsdp=4, tensor=2))
   sharded = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       abstract, sharding.tree_shardings(abstract, mesh))
@@ -246,12 +246,12 @@ def test_host_memory_is_one_parameter_and_one_tensor(tmp_path, monkeypatch):
 def test_presets_have_the_published_sizes(name, count):
   """With the MTP layer; GLM-4.5-Air without it is the 106 B of its name."""
   m, fields = presets.model(name)
-  mtp = dataclasses.replace(config_lib.MTP(heads=0), **fields)
+  mtp = dataclasses.replace(config_lib.MTP(modules=0), **fields)
   _, abstract = published.network(m, mtp)
   size = lambda t: sum(x.size for x in jax.tree.leaves(t))
   assert size(abstract) == count
   if name == 'glm_4_5_air':
-    assert size(tree.shared(abstract)) == 106_852_251_264
+    assert size(tree.theta(abstract)) == 106_852_251_264
   values = presets.to_hf(m, mtp)
   assert not presets.differences(m, mtp, *presets.from_hf(values))
   # Every tensor of the model has a name of its own in the checkpoint.

@@ -23,12 +23,12 @@ _MODELS = {
     'qwen2': (dict(qkv_bias=True, tie_embeddings=False), {}),
     'qwen3': (dict(qk_norm=True, head_dim=8), {}),
     'mimo': (dict(qkv_bias=True, tie_embeddings=False, rope_theta=64e4),
-             dict(heads=1)),
+             dict(modules=1)),
     'glm4_moe': (dict(
         qkv_bias=True, qk_norm=True, tie_embeddings=False, n_layers=3,
         head_dim=8, rotary=.5, experts=8, experts_per_token=3, expert_ff=12,
         shared_experts=2, dense_layers=1, router_groups=4, router_top_groups=2,
-        router_scale=1.7), dict(heads=1, concat='emb_h')),
+        router_scale=1.7), dict(modules=1, concat='emb_h')),
 }
 FAMILIES = tuple(_MODELS)
 TRUNKS = tuple(f for f in FAMILIES if f != 'mimo')  # known to transformers
@@ -38,12 +38,12 @@ def model(family, **mtp):
   """Return the `config.Model` and `config.MTP` of a family."""
   fields, own = _MODELS[family]
   return (config_lib.Model(**{**_SMALL, **fields}),
-          config_lib.MTP(**{'heads': 0, **own, **mtp}))
+          config_lib.MTP(**{'modules': 0, **own, **mtp}))
 
 
 def network(m, mtp):
   """Return the decoder and the ShapeDtypeStructs of its parameters."""
-  net = mtp_model.Decoder(m, mtp, m.vocab_size)
+  net = mtp_model.Decoder(m, mtp)
   shapes = jax.eval_shape(net.init, jax.random.key(0),
                           jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool))
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -92,7 +92,7 @@ def tokens():
 
 
 def logits(net, params):
-  """Return the logits of the main head and of the MTP heads, [B, T, V]."""
+  """Return the logits of the main head and of the MTP modules, [B, T, V]."""
   @jax.jit
   def run(params, tokens, valid):
     h, ahead = net.apply({'params': params}, tokens, valid)

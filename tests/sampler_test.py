@@ -17,9 +17,13 @@ TOKENIZER = tokenizers.CharTokenizer('abcdef')
 PROMPTS = ['abcdef', 'a', 'fed', 'cc']
 
 
+def _config(**rollout):
+  return conftest.tiny_config(model=dict(vocab_size=V), rollout=rollout)
+
+
 @functools.cache
 def _params():
-  net = forward.network(conftest.tiny_config(), V)
+  net = forward.network(_config())
   params = net.init(jax.random.key(0), jnp.zeros((1, 4), int),
                     jnp.ones((1, 4), bool))['params']
   # Sharper logits than an untrained model's, so that rows end and differ.
@@ -31,26 +35,25 @@ def _params():
 def _run(config, group=1, greedy=False, seed=0):
   prompts, valid = sampler.pad_prompts(PROMPTS, TOKENIZER, 6)
   tokens, logprobs = jax.jit(functools.partial(
-      sampler.generate, config=config, vocab_size=V, ends=TOKENIZER.ends,
-      group=group, greedy=greedy))(_params(), prompts, valid,
-                                   jax.random.key(seed))
+      sampler.generate, config=config, ends=TOKENIZER.ends, group=group,
+      greedy=greedy))(_params(), prompts, valid, jax.random.key(seed))
   return jax.device_get((tokens, logprobs))
 
 
 @pytest.mark.parametrize('temperature', [1., .7])
-def test_sampler_log_probs_are_the_scored_ones(tiny, temperature):
-  config = tiny(rollout=dict(temperature=temperature, max_response=8))
+def test_sampler_log_probs_are_the_scored_ones(temperature):
+  config = _config(temperature=temperature, max_response=8)
   tokens, sampled = _run(config, group=8)
   scored = jax.jit(functools.partial(
-      forward.score, config=config, vocab_size=V))(_params(), *tokens)
+      forward.score, config=config))(_params(), tokens)
   mask = tokens.valid[:, -8:]
   assert mask.sum() > 50 and not mask.all()
   np.testing.assert_allclose(sampled[mask], np.asarray(scored.main)[mask],
                              atol=1e-5)
 
 
-def test_a_finished_row_never_changes(tiny):
-  tokens, sampled = _run(tiny(rollout=dict(max_response=8)), group=8)
+def test_a_finished_row_never_changes():
+  tokens, sampled = _run(_config(max_response=8), group=8)
   response, valid = tokens.tokens[:, 6:], tokens.valid[:, 6:]
   ended = 0
   for row, there, logp in zip(response, valid, sampled):
@@ -65,8 +68,8 @@ def test_a_finished_row_never_changes(tiny):
   assert ended > 0
 
 
-def test_prompts_stay_as_they_were_and_samples_are_adjacent(tiny):
-  tokens, _ = _run(tiny(rollout=dict(max_response=8)), group=8)
+def test_prompts_stay_as_they_were_and_samples_are_adjacent():
+  tokens, _ = _run(_config(max_response=8), group=8)
   for i, text in enumerate(PROMPTS):
     for row in range(8 * i, 8 * i + 8):
       assert TOKENIZER.decode(tokens.tokens[row, :6]) == text
@@ -74,11 +77,11 @@ def test_prompts_stay_as_they_were_and_samples_are_adjacent(tiny):
   assert len({tuple(r) for r in tokens.tokens[:8].tolist()}) > 1
 
 
-def test_greedy_is_the_argmax_of_the_full_forward(tiny):
-  config = tiny(rollout=dict(max_response=8))
+def test_greedy_is_the_argmax_of_the_full_forward():
+  config = _config(max_response=8)
   tokens, _ = _run(config, greedy=True)
-  net = forward.network(config, V)
-  h, _ = net.apply({'params': _params()}, *tokens)
+  net = forward.network(config)
+  h, _ = net.apply({'params': _params()}, tokens.tokens, tokens.valid)
   best = np.argmax(h @ _params()['embed']['embedding'].T, -1)
   for row in range(len(PROMPTS)):
     for column in range(6, 14):
@@ -86,9 +89,9 @@ def test_greedy_is_the_argmax_of_the_full_forward(tiny):
         assert tokens.tokens[row, column] == best[row, column - 1]
 
 
-def test_the_loop_stops_when_all_rows_are_done(tiny, monkeypatch):
+def test_the_loop_stops_when_all_rows_are_done(monkeypatch):
   """Where EOS comes first, one column is decoded, whatever max_response is."""
-  config = tiny(rollout=dict(max_response=8))
+  config = _config(max_response=8)
   steps = []
   categorical = jax.random.categorical
   def eos(key, logits):
@@ -97,7 +100,7 @@ def test_the_loop_stops_when_all_rows_are_done(tiny, monkeypatch):
   monkeypatch.setattr(jax.random, 'categorical', eos)
   prompts, valid = sampler.pad_prompts(PROMPTS, TOKENIZER, 6)
   tokens, _ = jax.jit(functools.partial(
-      sampler.generate, config=config, vocab_size=V, ends=TOKENIZER.ends))(
+      sampler.generate, config=config, ends=TOKENIZER.ends))(
           _params(), prompts, valid, jax.random.key(0))
   jax.block_until_ready(tokens)
   jax.effects_barrier()
@@ -119,8 +122,8 @@ def test_restrict_by_hand():
   assert kept(3, .85) == [True, True, True, False]
 
 
-def test_top_k_one_is_greedy(tiny):
-  config = tiny(rollout=dict(max_response=8, top_k=1))
+def test_top_k_one_is_greedy():
+  config = _config(max_response=8, top_k=1)
   np.testing.assert_array_equal(_run(config, seed=3)[0].tokens,
                                 _run(config, greedy=True)[0].tokens)
 

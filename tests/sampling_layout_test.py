@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import evaluate, sharding, tokenizers, train_step
-from mtp_rl.rollout import layout
+from mtp_rl import sharding, tokenizers, train_step
+from mtp_rl.rollout import layout, sampler
 from tests import conftest
 
 V, P, G = 14, 8, 2
@@ -17,11 +17,11 @@ def _sample(config):
   """Completions of fixed prompts, and the placed parameters."""
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    steps = train_step.make(config, V, mesh)
+    steps = train_step.make(config, mesh)
     params = steps.init(jax.random.key(0)).params
     placed = layout.make_place(steps.abstract.params, config, mesh)(params)
-    generate = evaluate.make_generate(
-        config, V, mesh, steps.abstract.params,
+    generate = sampler.make_generate(
+        config, mesh, steps.abstract.params,
         tokenizers.CharTokenizer('0123456789').ends, G)
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, V, (P, config.rollout.max_prompt))
@@ -31,11 +31,12 @@ def _sample(config):
 
 
 @pytest.mark.parametrize('model, mesh, rollout', [
-    ({}, dict(fsdp=8), dict(model=2)),
-    (dict(dtype='bfloat16'), dict(data=2, fsdp=4), dict(model=2)),
-    (MOE, dict(fsdp=4, expert=2), dict(expert=4, model=2))])
+    ({}, dict(fsdp=8), dict(tensor=2)),
+    (dict(dtype='bfloat16'), dict(data=2, fsdp=4), dict(tensor=2)),
+    (MOE, dict(fsdp=4, expert=2), dict(expert=4, tensor=2))])
 def test_another_layout_samples_the_same(model, mesh, rollout):
-  sections = dict(model=model, rl=dict(prompts=P, group=4), mesh=mesh)
+  sections = dict(model=dict(vocab_size=V) | model,
+                  rl=dict(prompts=P, group=4), mesh=mesh)
   (want, logp), _ = _sample(conftest.tiny_config(**sections))
   (got, logp_), placed = _sample(conftest.tiny_config(
       rollout=rollout, **sections))
@@ -43,7 +44,7 @@ def test_another_layout_samples_the_same(model, mesh, rollout):
   rough = 1e-5 if not model.get('dtype') else 2e-2
   np.testing.assert_allclose(logp_, logp, rtol=rough, atol=rough)
   kernel = placed['blocks']['layers']['attention']['query']['kernel']
-  assert kernel.sharding.mesh.shape['model'] == 2
+  assert kernel.sharding.mesh.shape['tensor'] == 2
   assert kernel.dtype == model.get('dtype', 'float32')
   scale = placed['final_norm']['scale']
   assert scale.dtype == np.float32
@@ -57,7 +58,7 @@ def test_without_it_nothing_moves():
 
 
 def test_a_layout_that_does_not_fit_is_refused():
-  for rollout, mesh in ((dict(model=3), dict(fsdp=8)),
-                        (dict(model=2), {})):
-    with pytest.raises(config_lib.ConfigError, match='rollout.model'):
+  for rollout, mesh in ((dict(tensor=3), dict(fsdp=8)),
+                        (dict(tensor=2), {})):
+    with pytest.raises(config_lib.ConfigError, match='rollout.tensor'):
       conftest.tiny_config(rollout=rollout, mesh=mesh)

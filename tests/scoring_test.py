@@ -7,7 +7,8 @@ import pathlib
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import evaluate, metrics, scoring, trainer
+from mtp_rl import metrics, trainer
+from mtp_rl.evaluation import held_out, scoring
 from tests import conftest
 
 MATH = ('task.name=math', 'task.template=plain', 'task.train=mine',
@@ -20,7 +21,7 @@ def _workdir(tmp_path_factory):
   """A warm-up checkpoint of arithmetic."""
   workdir = str(tmp_path_factory.mktemp('scored'))
   config = conftest.tiny_config(
-      mtp=dict(heads=0, regime='rl_only'), warmup=dict(steps=2))
+      mtp=dict(modules=0, regime='rl_only'), warmup=dict(steps=2))
   assert trainer.pretrain(config, workdir)
   return workdir
 
@@ -42,8 +43,8 @@ def test_an_evaluation_is_kept_row_by_row_and_resumes(workdir, monkeypatch):
     assert json.load(f)['val/arithmetic/avg@2'] == mean
 
   whole = pathlib.Path(path + 'l').read_bytes()
-  calls, complete = [], evaluate.complete
-  monkeypatch.setattr(evaluate, 'complete',
+  calls, complete = [], held_out.complete
+  monkeypatch.setattr(held_out, 'complete',
                       lambda *args: calls.append(1) or complete(*args))
   assert _score(workdir)[0] == values and not calls
   # A kill in the middle of a line of the last batch: it alone is made again.

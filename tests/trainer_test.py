@@ -16,6 +16,8 @@ from mtp_rl import checkpoint, metrics, sharding, train_step, trainer
 from mtp_rl import config as config_lib
 from tests import conftest
 
+V = 14  # tokens of the task's tokenizer
+
 
 def _rows(workdir, name='metrics.jsonl'):
   keep = lambda r: {k: v for k, v in r.items()
@@ -27,7 +29,7 @@ def _state(config, workdir):
   """The latest RL state of a run, as NumPy arrays."""
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    steps = train_step.make(config, 14, mesh)
+    steps = train_step.make(config_lib.with_vocabulary(config, V), mesh)
     saved = checkpoint.Checkpoints(
         os.path.join(workdir, 'checkpoints', 'rl'), 9)
     return jax.device_get(saved.restore(steps.abstract))
@@ -59,7 +61,7 @@ def test_a_run_leaves_what_it_promises(whole):
           'val/arithmetic/maj@2'} <= rows[0].keys()
   names = rows[4].keys()
   assert {'reward/mean', 'actor/pg_loss', 'actor/pg_clipfrac', 'actor/ppo_kl',
-          'actor/entropy', 'actor/kl_loss', 'grad_norm/policy', 'grad_norm/mtp',
+          'actor/entropy', 'actor/kl_loss', 'grad_norm/theta', 'grad_norm/psi',
           'response_length/mean', 'response_length/clip_ratio', 'occ/lambda',
           'occ/dot', 'occ/d_rl_norm', 'occ/d_mtp_norm', 'occ/cos', 'mtp_1/loss',
           'mtp_1/pg_loss', 'mtp_1/accept_top1', 'mtp_1/accept_expected',
@@ -143,16 +145,17 @@ def test_a_killed_process_loses_nothing(whole, tmp_path):
 
 
 @pytest.mark.parametrize('sections', [
-    dict(mtp=dict(heads=0, regime='rl_only')),
-    dict(mtp=dict(heads=2), model=dict(dtype='bfloat16', tie_embeddings=False,
-                                       head_chunk=2, remat='block'),
-         mesh=dict(data=2, model=2), rl=dict(microbatches=2))])
+    dict(mtp=dict(modules=0, regime='rl_only')),
+    dict(mtp=dict(modules=2),
+         model=dict(dtype='bfloat16', tie_embeddings=False, head_chunk=2,
+                    remat='block'),
+         mesh=dict(data=2, tensor=2), rl=dict(microbatches=2))])
 def test_unusual_models_run_to_the_end(sections, tmp_path):
   config = conftest.tiny_config(**sections)
   assert trainer.train(config, str(tmp_path))['status'] == 'complete'
   rows = _rows(tmp_path)
-  heads = config.mtp.heads
-  assert ('mtp_2/accept_top1' in rows[-1]) == (heads == 2)
+  modules = config.mtp.modules
+  assert ('mtp_2/accept_top1' in rows[-1]) == (modules == 2)
   assert all(v is not None for r in rows for v in r.values())
   assert os.path.exists(tmp_path / 'figures' / 'learning.png')
 

@@ -32,7 +32,7 @@ def _config(path, **warmup):
 def _folder(tmp_path_factory):
   """A folder of the tiny trunk without MTP modules."""
   m = _config('x').model
-  bare = config_lib.MTP(heads=0)
+  bare = config_lib.MTP(modules=0)
   where = tmp_path_factory.mktemp('pretrained') / 'hf'
   return published.write(where, m, bare, published.weights(m, bare))
 
@@ -40,7 +40,7 @@ def _folder(tmp_path_factory):
 def _params(config, workdir, phase):
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    steps = train_step.make(config, V, mesh, phase)
+    steps = train_step.make(config, mesh, phase)
     saved = checkpoint.Checkpoints(
         os.path.join(workdir, 'checkpoints', phase), 9)
     return jax.device_get(saved.restore(steps.abstract, params_only=True))
@@ -63,18 +63,18 @@ def _whole(folder, tmp_path_factory):
 def test_the_modules_learn_and_the_pretrained_trunk_stays(whole, folder):
   config, workdir = whole
   warm = _params(config, workdir, 'warmup')
-  _, abstract = published.network(config.model, config_lib.MTP(heads=0))
+  _, abstract = published.network(config.model, config_lib.MTP(modules=0))
   trunk = pretrained.load(folder, abstract, config.model,
-                          config_lib.MTP(heads=0))
-  jax.tree.map(np.testing.assert_array_equal, tree.shared(warm),
+                          config_lib.MTP(modules=0))
+  jax.tree.map(np.testing.assert_array_equal, tree.theta(warm),
                jax.device_get(trunk))
   rows = _rows(workdir, 'warmup.jsonl')
   assert [r['step'] for r in rows] == [20, 21]
   assert all(0 <= r['mtp_1/accept_top1'] <= 1 for r in rows)
-  assert all(r['grad_norm/policy'] == 0 < r['grad_norm/mtp'] for r in rows)
+  assert all(r['grad_norm/theta'] == 0 < r['grad_norm/psi'] for r in rows)
   # RL then moves both from where the warm-up left them.
   last = _params(config, workdir, 'rl')
-  for part in (tree.shared, tree.head):
+  for part in (tree.theta, tree.psi):
     assert float(tree.norm(jax.tree.map(np.subtract, part(last),
                                         part(warm)))) > 0
   saved = config_lib.load(os.path.join(workdir, 'config.json'))
@@ -115,18 +115,18 @@ def test_without_warm_up_steps_the_first_checkpoint_is_the_pretrained_trunk(
   first = _params(config, str(tmp_path), 'warmup')
   np.testing.assert_array_equal(
       first['embed']['embedding'],
-      published.weights(config.model, config_lib.MTP(heads=0))[
+      published.weights(config.model, config_lib.MTP(modules=0))[
           'model.embed_tokens.weight'])
 
 
 def test_a_start_from_weights_computes_no_random_trunk(folder):
   config, rows = _config(folder), 20000  # a token table that dwarfs the rest
   key = jax.random.key(3)
-  steps = train_step.make(config, rows, sharding.make_mesh(config.mesh),
-                          'warmup')
+  config.model.vocab_size = rows
+  steps = train_step.make(config, sharding.make_mesh(config.mesh), 'warmup')
   whole, rest = steps.init(key), steps.init_rest(key)
   jax.tree.map(np.testing.assert_array_equal, rest,
-               whole._replace(params=tree.head(whole.params)))
+               whole._replace(params=tree.psi(whole.params)))
   table = rows * config.model.d_model * 4  # bytes
   for function, held in ((steps.init, True), (steps.init_rest, False)):
     used = function.lower(key).compile().memory_analysis()

@@ -1,10 +1,10 @@
-"""Which variants of a config are compared: presets, and free ones.
+"""The variants of a config that a comparison trains: presets and free ones.
 
-A group holds variants that differ in nothing but what is compared; within it
-each is held against the group's `rl_only` and `detach`. Presets:
+The variants of a group differ only in what is compared; each is compared with
+the group's `rl_only` and `detach`. Presets:
 
     table1  the regimes of the paper's main table, DAPO and GSPO
-    table2  fixed lambda of regime policy against OCC, DAPO
+    table2  regime policy with fixed lambdas against OCC, DAPO
     trace   OCC with each estimator of lambda, DAPO
 
 Every preset runs under two readings of clipping (`CLIPS`): 'paper' is
@@ -17,6 +17,7 @@ import re
 from typing import NamedTuple
 
 from mtp_rl import config as config_lib
+from mtp_rl import estimators as estimators_lib
 from mtp_rl import validate
 
 PRESETS = ('table1', 'table2', 'trace')
@@ -24,13 +25,14 @@ CLIPS = ('paper', 'separate')
 OBJECTIVES = {'table1': ('dapo', 'gspo'), 'table2': ('dapo',),
               'trace': ('dapo',)}
 FIXED = (.1, .2, .5, 1.)  # the paper's fixed lambdas (table2)
-# The paper does not give lambda of its CE column. E[c] = 0 there, so only the
-# penalty lambda^2 v^2 is left, and at .1 it drowns between seeds: we take 1.
+# The paper does not give the lambda of its CE column. E[c] = 0 there, so only
+# the penalty lambda^2 v^2 is left; with .1 it would be lost in the variation
+# between seeds, so we take 1.
 CE_COEF, POLICY_COEF = 1., .1
-# Names that a comparison keeps for itself in its workdir.
+# Names of a comparison's own folders, which no variant may take.
 RESERVED = ('warmup', 'configs', 'cache', 'figures')
 # What all variants share, because the warm-up is trained with it.
-_SHARED = ('seed', 'model.', 'task.', 'warmup.', 'mesh.', 'mtp.heads',
+_SHARED = ('seed', 'model.', 'task.', 'warmup.', 'mesh.', 'mtp.modules',
            'mtp.kind', 'mtp.concat', 'mtp.hidden', 'rollout.max_')
 
 
@@ -39,9 +41,9 @@ class Variant(NamedTuple):
 
   Attributes:
     name: unique, the directory of its runs.
-    group: of the variants that it is compared with.
+    group: name of the group of variants that it is compared within.
     label: its name within the group.
-    config: complete but for the seed and the warm-up's place.
+    config: `config.Config`, complete except for seed and warmup.init.
   """
   name: str
   group: str
@@ -49,39 +51,13 @@ class Variant(NamedTuple):
   config: config_lib.Config
 
 
-def assign(config, name, text):
-  """Set the field `section.field` of a config from text, or from a value.
-
-  Raises:
-    config.ConfigError: the field does not exist, or the text is no such value.
-  """
-  section, _, field = name.rpartition('.')
-  try:
-    owner = getattr(config, section) if section else config
-    old = getattr(owner, field)
-    if hasattr(old, '__dataclass_fields__'):
-      raise AttributeError
-  except AttributeError:
-    raise config_lib.ConfigError(
-        f'config field {name!r} does not exist; mtp_rl/config.py lists '
-        'them') from None
-  try:
-    if isinstance(old, bool) and isinstance(text, str):
-      value = {'true': True, 'false': False}[text.lower()]
-    else:
-      value = type(old)(text)
-  except (ValueError, KeyError):
-    raise config_lib.ConfigError(
-        f'{name}={text!r} is no {type(old).__name__}') from None
-  setattr(owner, field, value)
-
-
-def _clip(config, kind):
-  ppo = config.rl.loss == 'ppo'  # the others have no dual clip
+def _clip(config: config_lib.Config, kind):
+  """Set a reading of clipping, one of `CLIPS`, on a config."""
+  ppo = config.rl.loss == 'ppo'  # the other losses have no dual clip
   if kind == 'paper':
     config_lib.preset(config, 'paper')
   else:
-    config.optim.clip_mode, config.mtp.head_loss = 'separate', 'ce'
+    config.optim.clip_mode, config.mtp.psi_loss = 'separate', 'ce'
   config.rl.dual_clip = (10. if kind == 'paper' else 3.) if ppo else 0.
 
 
@@ -101,8 +77,8 @@ def _columns(preset, estimators, coef):
                     for e in estimators]
 
 
-def preset_variants(base, preset, clips=CLIPS, estimators=None, coef=None,
-                    objectives=None):
+def preset_variants(base: config_lib.Config, preset, clips=CLIPS,
+                    estimators=None, coef=None, objectives=None):
   """Return the list of `Variant` of a preset.
 
   Args:
@@ -118,10 +94,10 @@ def preset_variants(base, preset, clips=CLIPS, estimators=None, coef=None,
     config.ConfigError: a name is unknown.
   """
   if estimators is None:
-    estimators = config_lib.TRAINABLE if preset == 'trace' else ('logprob',)
+    estimators = estimators_lib.TRAINABLE if preset == 'trace' else ('logprob',)
   _known('preset', [preset], PRESETS)
   _known('clips', clips, CLIPS)
-  _known('estimators', estimators, config_lib.TRAINABLE)
+  _known('estimators', estimators, estimators_lib.TRAINABLE)
   out = []
   for objective in objectives or OBJECTIVES[preset]:
     for kind in clips:
@@ -130,7 +106,7 @@ def preset_variants(base, preset, clips=CLIPS, estimators=None, coef=None,
         config = config_lib.preset(copy.deepcopy(base), objective)
         _clip(config, kind)
         for name, value in overrides.items():
-          assign(config, name, value)
+          config_lib.assign(config, name, value)
         out.append(Variant(f'{group}-{label}', group, label, config))
   return out
 
@@ -142,7 +118,7 @@ def _known(flag, names, choices):
           f'--{flag}: {name!r} is none of {", ".join(choices)}')
 
 
-def free_variants(base, text):
+def free_variants(base: config_lib.Config, text):
   """Return the variants of 'name:section.field=value,...;name2:...'.
 
   Raises:
@@ -161,13 +137,13 @@ def free_variants(base, text):
       if not equals:
         raise config_lib.ConfigError(
             f'--variants: {setting!r} of {name} is no section.field=value')
-      assign(config, field.strip(), value.strip())
+      config_lib.assign(config, field.strip(), value.strip())
     out.append(Variant(name, 'variants', name, config))
   return out
 
 
-def check(base, variants, overridden=()):
-  """Drop repeated variants; refuse what cannot be compared, or cannot run.
+def check(base: config_lib.Config, variants, overridden=()):
+  """Drop repeated variants; refuse those that cannot be compared or run.
 
   Args:
     base: the config that all variants start from.
@@ -175,10 +151,10 @@ def check(base, variants, overridden=()):
     overridden: dotted fields that the user set for all of them.
 
   Returns:
-    the variants, each once.
+    list of the variants, without repetition.
 
   Raises:
-    config.ConfigError: one sentence that names the variant and the mend.
+    config.ConfigError: one sentence that names the variant and the fix.
   """
   kept = {}
   for variant in variants:
@@ -187,13 +163,12 @@ def check(base, variants, overridden=()):
     if lost:
       raise config_lib.ConfigError(
           f'--config.{lost[0]} is overruled by variant {variant.name}; leave '
-          'it out, or write the variants with --variants')
+          'it out, or define the variants with --variants')
     unlike = [n for n in changed if n.startswith(_SHARED)]
     if unlike:
       raise config_lib.ConfigError(
           f'variant {variant.name} changes {", ".join(unlike)}, but all '
-          'variants share one warm-up a seed; make that a comparison of its '
-          'own')
+          'variants of a seed share one warm-up; compare that separately')
     if variant.name in RESERVED:
       raise config_lib.ConfigError(
           f'a variant cannot be called {variant.name}; choose another name')

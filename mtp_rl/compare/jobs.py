@@ -1,4 +1,4 @@
-"""Processes: some at a time, each on cores of its own, with a log each."""
+"""Runs processes, several at a time, each with its own cores and log."""
 
 import contextlib
 import os
@@ -16,9 +16,9 @@ class Job(NamedTuple):
   Attributes:
     name: unique.
     command: list of strings.
-    log: path of what it prints, appended to.
-    complete: function () -> bool, whether its work is done; asked before
-      (then the job is not started) and after.
+    log: path of the file that its output is appended to.
+    complete: function () -> bool, whether its work is done; called before the
+      start (a complete job is not started) and after the end.
     after: name of the job that must be complete first, '' for none.
   """
   name: str
@@ -45,7 +45,7 @@ def share(cores, slots):
 
 @contextlib.contextmanager
 def _pinned(cores):
-  """Run this thread on some cores: a process started meanwhile inherits it."""
+  """Pin this thread to cores; processes started in the block inherit that."""
   if not cores:
     yield
     return
@@ -58,7 +58,7 @@ def _pinned(cores):
 
 
 def last_line(path):
-  """Return the last line of a log that says something."""
+  """Return the last line of a log that is not blank."""
   try:
     with open(path, encoding='utf-8', errors='replace') as f:
       text = f.read()[-4000:]
@@ -71,14 +71,14 @@ def last_line(path):
 def _start(job, cores, environment, keep_open):
   os.makedirs(os.path.dirname(job.log), exist_ok=True)
   with open(job.log, 'ab') as log, _pinned(cores):
-    # A session of its own: Ctrl-C comes to us alone, and we pass it on once.
+    # In a new session, Ctrl-C reaches only this process, which passes it on.
     return subprocess.Popen(
         job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         env=environment, start_new_session=True, pass_fds=keep_open)
 
 
 def _stop(running):
-  """Ask every process for a clean end, and wait; kill them if we are asked."""
+  """Ask every process for a clean end and wait; if interrupted, kill them."""
   for process in running:
     process.terminate()
   try:
@@ -93,20 +93,20 @@ def _stop(running):
 
 
 def run(jobs, slots, stopped, note, environment=None, keep_open=()):
-  """Run jobs in order, several at a time, those first that nothing holds up.
+  """Run jobs in order, several at a time, each once its dependency is complete.
 
   Args:
     jobs: list of `Job`.
     slots: how many run at a time.
-    stopped: function () -> bool; once true, what runs gets SIGTERM.
+    stopped: function () -> bool; once it is true, running jobs get SIGTERM.
     note: function (job, problem), called as each job ends; problem is '' where
       it is complete, else one line.
     environment: of the processes; None: ours.
     keep_open: file descriptors that the processes inherit.
 
   Returns:
-    dict name -> problem of the jobs that failed; what a stop left undone is
-    not in it.
+    dict name -> problem of the jobs that failed, without those that a stop
+    left unfinished.
   """
   failed, complete, running = {}, set(), {}
   free = share(available_cores(), slots)
@@ -127,7 +127,7 @@ def run(jobs, slots, stopped, note, environment=None, keep_open=()):
       for job in list(waiting):
         if job.after in failed:
           waiting.remove(job)
-          end(job, f'not started, for {job.after} failed')
+          end(job, f'not started, because {job.after} failed')
         elif free and (not job.after or job.after in complete):
           waiting.remove(job)
           cores = free.pop(0)

@@ -1,7 +1,7 @@
-"""A whole comparison in one directory: plan, run, report; resumable.
+"""A resumable comparison in one directory: plan, run, report.
 
-    DIR/warmup/seed_S     one warm-up a seed, from which all variants start
-    DIR/<variant>/seed_S  a workdir each, with log.txt
+    DIR/warmup/seed_S     one warm-up per seed, from which all variants start
+    DIR/<variant>/seed_S  workdir of one run, with log.txt
     DIR/configs           the config of each process
     DIR/cache             compiled programs, shared by the processes
     DIR/comparison.{json,md}, DIR/figures
@@ -18,17 +18,18 @@ import tqdm
 
 from mtp_rl import checkpoint, metrics, signals
 from mtp_rl import config as config_lib
-from mtp_rl.compare import figures, jobs, report
+from mtp_rl.compare import jobs, summary
+from mtp_rl.report import comparison_figures
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _IGNORED = ('warmup.init', 'run.progress')
 
 
 class Study(NamedTuple):
-  """What is compared, and where.
+  """A comparison: its variants, seeds and directory.
 
   Attributes:
-    base: `config.Config` that the warm-ups run with.
+    base: `config.Config` of the warm-ups.
     variants: list of `grid.Variant`, checked.
     seeds: list of ints.
     workdir: directory of the comparison.
@@ -43,7 +44,7 @@ class Study(NamedTuple):
     return os.path.join(self.workdir, name, f'seed_{seed}')
 
 
-def _config(study, config, seed):
+def _config(study: Study, config: config_lib.Config, seed):
   """Return the config of one run: its seed, and the warm-up it starts from."""
   config = copy.deepcopy(config)
   config.seed = seed
@@ -52,13 +53,19 @@ def _config(study, config, seed):
   return config
 
 
-def _warmed_up(config, workdir):
+def _warmed_up(config: config_lib.Config, workdir):
+  """Return whether a workdir has the complete warm-up of a config."""
   return os.path.isdir(os.path.join(workdir, 'checkpoints', 'warmup',
                                     str(config.warmup.steps)))
 
 
-def _job(study, name, seed, module, config, complete, after=''):
-  """Write a process's config, refuse a foreign workdir; return its `Job`."""
+def _job(study: Study, name, seed, module, config: config_lib.Config, complete,
+         after=''):
+  """Write the config of a process and return its `jobs.Job`.
+
+  Raises:
+    config.ConfigError: the workdir holds a run of another config.
+  """
   workdir = study.path(name, seed)
   found = os.path.join(workdir, 'config.json')
   if os.path.exists(found):
@@ -68,7 +75,7 @@ def _job(study, name, seed, module, config, complete, after=''):
     if changed:
       raise config_lib.ConfigError(
           f'{workdir} holds a run that differs in {", ".join(changed)}; '
-          'choose another --workdir, or set the same')
+          'choose another --workdir, or the same settings')
   path = os.path.join(study.workdir, 'configs', f'{name}_seed_{seed}.json')
   metrics.write_json(path, config_lib.to_dict(config))
   command = [sys.executable, '-m', f'experiments.{module}',
@@ -78,11 +85,11 @@ def _job(study, name, seed, module, config, complete, after=''):
                   os.path.join(workdir, 'log.txt'), complete, after)
 
 
-def plan(study):
-  """Return the list of `jobs.Job`, all of one seed before the next.
+def plan(study: Study):
+  """Return the list of `jobs.Job`, seed by seed.
 
   Raises:
-    config.ConfigError: a run in the way has another config.
+    config.ConfigError: a workdir holds a run of another config.
   """
   os.makedirs(os.path.join(study.workdir, 'configs'), exist_ok=True)
   out = []
@@ -99,13 +106,13 @@ def plan(study):
       workdir = study.path(variant.name, seed)
       out.append(_job(study, variant.name, seed, 'train',
                       _config(study, variant.config, seed),
-                      lambda w=workdir: report.is_complete(w), after))
+                      lambda w=workdir: summary.is_complete(w), after))
   return out
 
 
 @contextlib.contextmanager
 def _alone(workdir):
-  """Lock a comparison; its processes hold the lock on, should we be killed."""
+  """Lock a comparison; its processes keep the lock if this one is killed."""
   try:
     import fcntl  # POSIX only
   except ImportError:
@@ -116,7 +123,7 @@ def _alone(workdir):
       fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
       raise config_lib.ConfigError(
-          f'another comparison, or a run that it left behind, works in '
+          'another comparison, or a run that it left behind, is working in '
           f'{workdir}; wait for it, or end it') from None
     yield (f.fileno(),)
 
@@ -131,12 +138,12 @@ def _environment(workdir):
   return out
 
 
-def run(study, slots):
-  """Run what is not complete yet, several processes at a time.
+def run(study: Study, slots):
+  """Run the jobs that are not complete yet, several at a time.
 
   Args:
     study: `Study`.
-    slots: processes at a time.
+    slots: number of processes at a time.
 
   Returns:
     dict name -> problem of the runs that failed, and whether a signal
@@ -168,12 +175,12 @@ def run(study, slots):
         not job.complete() for job in todo if job.name not in failed)
 
 
-def write_report(study, failed=None):
+def write_report(study: Study, failed=None):
   """Write comparison.json, comparison.md and figures/ of the complete runs.
 
   Args:
     study: `Study`.
-    failed: of `run`.
+    failed: dict from `run`, or None.
 
   Returns:
     path of comparison.md.
@@ -181,11 +188,11 @@ def write_report(study, failed=None):
   Raises:
     config.ConfigError: no run is complete.
   """
-  runs = report.collect(study.variants, study.seeds, study.path)
+  runs = summary.collect(study.variants, study.seeds, study.path)
   if not any(runs.values()):
     raise config_lib.ConfigError(f'{study.workdir} holds no complete run of '
                                  'this comparison')
-  rows = report.compare(study.variants, runs)
+  rows = summary.compare(study.variants, runs)
   task = study.base.task
   title = (f'{task.name} {task.dataset}'.strip() +
            f': {len(study.variants)} variants, seeds: {len(study.seeds)}, '
@@ -195,24 +202,24 @@ def write_report(study, failed=None):
   metrics.write_json(
       os.path.join(study.workdir, 'comparison.json'),
       {'title': title, 'seeds': study.seeds, 'missing': missing,
-       'failed': failed or {}, 'variants': report.to_json(rows),
+       'failed': failed or {}, 'variants': metrics.to_json(rows),
        'overrides': {v.name: {
            n: _field(v.config, n)
            for n in config_lib.differences(v.config, study.base)}
            for v in study.variants}})
   path = os.path.join(study.workdir, 'comparison.md')
-  text = report.markdown(rows, title)
+  text = summary.markdown(rows, title)
   if missing:
     text += f'\nWithout a complete run: {", ".join(missing)}.\n'
   with open(path, 'w', encoding='utf-8') as f:
     f.write(text)
   directory = os.path.join(study.workdir, 'figures')
   os.makedirs(directory, exist_ok=True)
-  figures.draw_all(study.variants, runs, rows, directory, title)
+  comparison_figures.draw_all(study.variants, runs, rows, directory, title)
   return path
 
 
-def _field(config, name):
+def _field(config: config_lib.Config, name):
   section, _, field = name.rpartition('.')
   value = getattr(getattr(config, section) if section else config, field)
   return str(value) if isinstance(value, float) and abs(value) == float(

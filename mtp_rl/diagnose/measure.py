@@ -1,10 +1,10 @@
 """One minibatch under a run's parameters: alignment, lambdas, Delta(lambda).
 
-The step under study is plain: theta + eta (g_RL + lambda g_MTP), psi at rest,
-with eta such that ||eta g_RL|| is as long as the update of theta that the
-run's optimiser makes of g_RL alone at this point. So the decompositions apply
-and the step is as long as in training. J is that of rollouts of the same
-policy on other prompts.
+The step under study is a plain gradient step, theta + eta (g_RL + lambda g_MTP)
+with psi unchanged, so that the decompositions apply. eta is chosen so that
+||eta g_RL|| equals the length of the update of theta that the run's optimiser
+would make from g_RL alone: the step is as long as in training. Its gain in J is
+measured on rollouts of the same policy on other prompts.
 """
 
 import copy
@@ -26,26 +26,26 @@ from mtp_rl import (
 )
 
 SCOPES = ('all', 'trunk', 'readout')
-# The share of the peak learning rate below which a schedule does not decay
-# here: at its end it would leave no step to measure.
+# The learning rate decays here to this share of its peak, not to 0: at the end
+# of a schedule there would be no step to measure.
 FLOOR = .1
 
 
 class Measures(NamedTuple):
-  """What one minibatch shows; N is the number of grid points.
+  """Measurements of one minibatch; N is the number of grid points.
 
   Attributes:
     rate: the learning rate.
     eta: the plain step's size, 0 where the minibatch has no gradient.
     ratio: L eta of the RL-only step as measured on the minibatch itself.
-    smoothness: the same as the estimators take it, in [.05, 1].
-    gain: J of held-out rollouts after the RL-only step, less J before it.
+    smoothness: the same, clipped to [.05, 1] as the estimators use it.
+    gain: J of held-out rollouts after the RL-only step, minus J before it.
     scopes: dict scope -> dict of `_alignment`.
-    lam: dict estimator -> [K], bounded.
-    same, cross, achieved: dicts estimator -> Delta at its lambda: the paper's
-      form, the cross-fitted form, held-out J.
-    curve: dict of [N]: Delta of one lambda common to all heads, as 'achieved'
-      on held-out rollouts and by the forms 'same', 'cross', 'curvature'.
+    lam: dict estimator -> [K], bounded lambda.
+    same, cross, achieved: dicts estimator -> Delta at its lambda, by the
+      paper's form, by the cross-fitted form, and as J on held-out rollouts.
+    curve: dict of [N], Delta of one lambda for all modules: 'achieved' on
+      held-out rollouts, and by the forms 'same', 'cross' and 'curvature'.
   """
   rate: Any
   eta: Any
@@ -60,46 +60,37 @@ class Measures(NamedTuple):
   curve: dict
 
 
-def measuring_config(config, bound, pieces=None):
-  """Return a run's config as its minibatches are measured: regime occ.
+def measuring_config(config: config_lib.Config, bound, disjoint_parts=None):
+  """Return the config, of regime occ, that measures a run's minibatches.
 
   Args:
     config: of the run.
     bound: lambda is searched in [-bound, bound].
-    pieces: disjoint parts of a minibatch; None: occ.pieces of the run, 2 or
+    disjoint_parts: of a minibatch; None: occ.disjoint_parts of the run, 2 or
       more.
 
   Raises:
-    config.ConfigError: the run has no MTP head, or `bound` is not positive.
+    config.ConfigError: the run has no MTP module, or `bound` is not positive.
   """
-  if config.mtp.heads < 1:
+  if config.mtp.modules < 1:
     raise config_lib.ConfigError(
-        'mtp.heads=0: there is no MTP gradient to diagnose; name the workdir '
-        'of a run with mtp.heads >= 1')
+        'mtp.modules=0: there is no MTP gradient to diagnose; name the workdir '
+        'of a run with mtp.modules >= 1')
   if not 0 < bound < float('inf'):
     raise config_lib.ConfigError(
         f'--bound={bound} must be positive and finite: lambda is searched '
-        'between its two signs')
+        'in [-bound, bound]')
   config = copy.deepcopy(config)
   config.mtp.regime, config.occ.estimator = 'occ', 'cross_fitted'
   config.occ.lambda_min, config.occ.lambda_max = -bound, bound
-  config.occ.pieces = pieces or max(config.occ.pieces, 2)
-  config.rl.pack = False  # parts are taken by prompt
+  config.occ.disjoint_parts = disjoint_parts or max(
+      config.occ.disjoint_parts, 2)
+  config.rl.pack = False  # parts are split by prompt
   return config
 
 
-def _remembered(function):
-  """Return a function of trees that computes each tree object once."""
-  seen = {}
-  def call(x):
-    if id(x) not in seen:
-      seen[id(x)] = x, function(x)
-    return seen[id(x)][1]
-  return call
-
-
 def _alignment(parts, g_rl, g, scope):
-  """Return inner products over some parameters, of one batch and across.
+  """Return inner products over a scope, of one batch and across parts.
 
   Returns:
     dict of c, v2 [K] and rl [], and of their U-statistics over disjoint
@@ -112,7 +103,7 @@ def _alignment(parts, g_rl, g, scope):
   v2 = jnp.diagonal(products.gram)
   return {'c': products.c, 'v2': v2, 'rl': products.rl,
           'c_cross': occ.cross_products(parts, products.c, dot),
-          'v2_cross': jnp.stack([square([heads[k] for _, heads in parts], v2[k])
+          'v2_cross': jnp.stack([square([each[k] for _, each in parts], v2[k])
                                  for k in range(len(g))]),
           'rl_cross': square([rl for rl, _ in parts], products.rl)}
 
@@ -120,11 +111,11 @@ def _alignment(parts, g_rl, g, scope):
 def predictions(lams, alignment, gram, curvature, eta, smoothness):
   """Return Delta at vectors of lambdas by the three forms, dict of [n].
 
-  K heads with coefficients lambda are one head with g = G lambda.
+  K modules with coefficients lambda act as one module with g = G lambda.
 
   Args:
     lams: [n, K].
-    alignment: of `_alignment`, over all of theta.
+    alignment: dict from `_alignment`, over all of theta.
     gram: [K, K], <g_k, g_l>.
     curvature: (g_RL'H g_k [K], g_k'H g_l [K, K]).
     eta: step size.
@@ -151,66 +142,63 @@ def curves(ahead, lams):
 def _step_size(g_rl, state, transform):
   """Return eta, ||update of theta by g_RL alone|| / ||g_RL||."""
   down = jax.tree.map(jnp.negative, g_rl)
-  still = jax.tree.map(jnp.zeros_like, tree.head(state.params))
+  still = jax.tree.map(jnp.zeros_like, tree.psi(state.params))
   updates, _ = transform.update({**down, **still}, state.opt_state,
                                 state.params)
   length = tree.norm(g_rl)
-  return jnp.where(length > 0, tree.norm(tree.shared(updates))
+  return jnp.where(length > 0, tree.norm(tree.theta(updates))
                    / jnp.where(length > 0, length, 1.), 0.)
 
 
-def measure(state, first, batch, held_out, *, config, own, grid, vocab_size,
-            transform, rate):
+def measure(state, first, batch, held_out, *, config: config_lib.Config,
+            own: config_lib.Config, grid, transform, rate):
   """Return the `Measures` of a minibatch.
 
   Args:
     state: `types.TrainState` of a checkpoint.
-    first: minibatch that the run's own update is made with first, or None.
-    batch: minibatch that is measured.
-    held_out: rollouts of the same policy on other prompts.
+    first: minibatch for an update of the run before the measurement, or None.
+    batch: minibatch to measure.
+    held_out: `types.RolloutBatch` of the same policy on other prompts.
     config: see `measuring_config`.
     own: the run's config.
     grid: [N] lambdas.
-    vocab_size: V.
     transform, rate: see `train_step.train_step`.
   """
   if first is not None:
     state, _ = train_step.train_step(state, first, config=own, rate=rate,
-                                     vocab_size=vocab_size,
                                      transform=transform)
-  o, heads = config.occ, config.mtp.heads
-  work = gradients.Minibatch(state.params, batch, config, vocab_size, o.pieces)
-  theta, psi = tree.shared(state.params), tree.head(state.params)
-  value = lambda t, rows: gradients.objective({**t, **psi}, rows, config,
-                                              vocab_size)
-  blind = work.view(state.occ, 0.)
-  g_rl, g = blind.gradients()
+  o, modules = config.occ, config.mtp.modules
+  work = gradients.score(state.params, batch, config)
+  theta, psi = tree.theta(state.params), tree.psi(state.params)
+  value = lambda t, rows: gradients.objective({**t, **psi}, rows, config)
+  seen = gradients.evidence(work, gradients.pull_each(work, 'policy'),
+                            ('readout', 'gradients', 'parts', 'hessian'))
+  g_rl, g = seen.gradients
   eta = _step_size(g_rl, state, transform)
 
   def after(lam):
     direction = g_rl
-    for k in range(heads):
+    for k in range(modules):
       direction = tree.axpy(lam[k], g[k], direction)
     return tree.axpy(eta, direction, theta)
 
   ahead = lambda lam: value(after(lam), held_out)
-  still = jnp.zeros((heads,))
+  still = jnp.zeros((modules,))
   predicted = eta * tree.dot(g_rl, g_rl)
   ratio = occ.smoothness_ratio(
-      predicted, value(after(still), batch) - work.value, predicted)
+      predicted, value(after(still), batch) - work.objective, predicted)
   tracked = occ.track_smoothness(state.occ, ratio, decay=0.)
-  directional = _remembered(work.directional)
-  view = work.view(
-      tracked, eta, optim.preconditioner(state.opt_state, config.optim),
-      ahead)._replace(directional=directional)
-  found = {name: _bounded(_estimate(name, view, o), o)
+  seen = seen._replace(
+      eta=eta, smoothness=tracked.smoothness, ahead=ahead,
+      precondition=optim.preconditioner(state.opt_state, config.optim))
+  found = {name: _bounded(_estimate(name, seen, o), o)
            for name in estimators.ESTIMATORS}
 
-  hg = [directional(x)[1] for x in view.heads()]
-  curvature = (jnp.stack([tree.dot(g_rl, x) for x in hg]),
-               jnp.stack([jnp.stack([tree.dot(a, x) for x in hg]) for a in g]))
-  scopes = {s: _alignment(work.parts, g_rl, g, s) for s in SCOPES}
-  grid_lams = jnp.tile(jnp.asarray(grid, jnp.float32)[:, None], (1, heads))
+  curvature = (jnp.stack([tree.dot(g_rl, x) for x in seen.hessian]),
+               jnp.stack([jnp.stack([tree.dot(a, x) for x in seen.hessian])
+                          for a in g]))
+  scopes = {s: _alignment(seen.parts, g_rl, g, s) for s in SCOPES}
+  grid_lams = jnp.tile(jnp.asarray(grid, jnp.float32)[:, None], (1, modules))
   lams = jnp.concatenate([grid_lams, jnp.stack(list(found.values()))])
   deltas = predictions(lams, scopes['all'],
                        occ.gradient_products(g_rl, g, tree.dot).gram,
@@ -224,25 +212,24 @@ def measure(state, first, batch, held_out, *, config, own, grid, vocab_size,
       each('cross'), each('achieved'), {k: v[:n] for k, v in deltas.items()})
 
 
-def _estimate(name, view, config):
-  if name == 'oracle':  # a few rounds of the heads suffice for a figure
-    return estimators.oracle(view, config, sweeps=6).lam
-  return estimators.ESTIMATORS[name](view, config).lam
+def _estimate(name, seen, config: config_lib.OCC):
+  sweeps = {'sweeps': 6} if name == 'oracle' else {}  # enough for a figure
+  return estimators.ESTIMATORS[name](seen, config, **sweeps).lam
 
 
-def _bounded(lam, config):
+def _bounded(lam, config: config_lib.OCC):
   lam = jnp.where(jnp.isfinite(lam), lam, 0.)
   return jnp.clip(lam, config.lambda_min, config.lambda_max)
 
 
-def make(own, config, grid, vocab_size, mesh, abstract):
+def make(own: config_lib.Config, config: config_lib.Config, grid, mesh,
+         abstract):
   """Shard and jit `measure` for the checkpoints of a run.
 
   Args:
     own: the run's config.
     config: see `measuring_config`.
     grid: [N] lambdas.
-    vocab_size: V.
     mesh: see `sharding.make_mesh`.
     abstract: see `train_step.Steps`.
 
@@ -256,6 +243,6 @@ def make(own, config, grid, vocab_size, mesh, abstract):
   rows = sharding.batch_sharding(mesh)
   return jax.jit(
       functools.partial(measure, config=config, own=own, grid=grid,
-                        vocab_size=vocab_size, transform=transform, rate=rate),
+                        transform=transform, rate=rate),
       in_shardings=(jax.tree.map(lambda x: x.sharding, abstract), rows, rows,
                     rows))

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -13,11 +14,14 @@ import jax
 import numpy as np
 import tqdm
 
-from mtp_rl import checkpoint, metrics, trainer, validate, warmup
+from mtp_rl import checkpoint, metrics, trainer, tree, validate, warmup
 from mtp_rl import config as config_lib
-from mtp_rl.diagnose import figures, measure, summary
+from mtp_rl import workdir as workdir_lib
+from mtp_rl.diagnose import measure, summary
+from mtp_rl.report import diagnosis_figures
+from mtp_rl.rollout import experience
 
-# Prompts are functions of the step: training never comes this far.
+# Steps whose prompts serve as fresh ones: training never gets this far.
 FRESH, FURTHER = 10 ** 6, 2 * 10 ** 6
 
 
@@ -32,11 +36,11 @@ def _reference(run):
     raise config_lib.ConfigError(
         f'{where} does not exist, but rl.kl_coef={config.rl.kl_coef} needs '
         'the warm-up\'s parameters; put that checkpoint back')
-  return warmup.train(run, lambda: True)
+  return warmup.restore(run)
 
 
 def _note(run, steps):
-  """Return a sentence if the workdir keeps fewer checkpoints than it made."""
+  """Return [sentence] if the run made more checkpoints than it keeps, or []."""
   config = run.config
   made = {0, *range(0, steps[-1] + 1, config.run.checkpoint_every), steps[-1]}
   if len(steps) >= len(made):
@@ -46,7 +50,7 @@ def _note(run, steps):
 
 
 def _choose(saved, wanted, where):
-  """Return the steps to diagnose, those wanted or all there are."""
+  """Return the steps to diagnose: those wanted, or all that are kept."""
   have = saved.steps()
   if not have:
     raise config_lib.ConfigError(
@@ -59,23 +63,16 @@ def _choose(saved, wanted, where):
   return sorted(set(wanted or have))
 
 
-def _split(batch, config):
-  """Return the list of a rollout's minibatches."""
-  n = config.rl.minibatches
-  rows = batch.mask.shape[0] // n
-  return [jax.tree.map(lambda x: x[i * rows:(i + 1) * rows], batch)
-          for i in range(n)]
-
-
 def _one(run, functions, measured, state, reference, i):
   """Return the `measure.Measures` of fresh rollout i at a checkpoint.
 
-  The run's update is made with the first minibatch, the second is measured,
-  the others are held out; a rollout of one or two minibatches is held out
-  against another one.
+  The run's own update is made with the first minibatch, the second one is
+  measured, and the others are held out. If there are only one or two, a second
+  rollout is held out.
   """
-  fresh = lambda step: functions.collect(state.params, reference, step)[0]
-  parts = _split(fresh(FRESH + i), run.config)
+  fresh = lambda step: experience.collect(functions.actor, state.params,
+                                          reference, step).batch
+  parts = tree.cut(fresh(FRESH + i), run.config.rl.minibatches)
   if len(parts) > 2:
     held_out = jax.tree.map(lambda *x: np.concatenate(x), *parts[2:])
   else:
@@ -85,14 +82,15 @@ def _one(run, functions, measured, state, reference, i):
   return jax.device_get(measured(state, first, batch, held_out))
 
 
-def collect(run, config, steps, rollouts, grid, progress):
-  """Return dict step -> list of `measure.Measures`, one a rollout.
+def collect(run: workdir_lib.Run, config: config_lib.Config, steps, rollouts,
+            grid, progress):
+  """Return dict step -> list of `measure.Measures`, one per rollout.
 
   Args:
-    run: `trainer.Run`, under the run's own config.
+    run: `workdir.Run`, under the run's own config.
     config: see `measure.measuring_config`.
-    steps: of the checkpoints.
-    rollouts: how many at each.
+    steps: list of steps of checkpoints.
+    rollouts: number of rollouts at each.
     grid: [N] lambdas.
     progress: whether to show a bar.
   """
@@ -100,8 +98,8 @@ def collect(run, config, steps, rollouts, grid, progress):
     functions = trainer.prepare(run)
     abstract = functions.steps.abstract
     reference = _reference(run)
-    measured = measure.make(run.config, config, grid, run.vocab_size, run.mesh,
-                            abstract)
+    config = dataclasses.replace(config, model=run.config.model)
+    measured = measure.make(run.config, config, grid, run.mesh, abstract)
     saved = checkpoint.Checkpoints(run.path('checkpoints', 'rl'),
                                    run.config.run.keep)
     out = {s: [] for s in steps}
@@ -118,26 +116,26 @@ def collect(run, config, steps, rollouts, grid, progress):
 
 
 def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
-             pieces=None, progress=False):
+             disjoint_parts=None, progress=False):
   """Diagnose the checkpoints of a run; return the report and its directory.
 
   Args:
     workdir: of the run.
-    rollouts: fresh ones at each checkpoint.
-    steps: list of checkpoints, None for all that are kept.
+    rollouts: number of fresh rollouts at each checkpoint.
+    steps: list of steps of checkpoints; None: all that are kept.
     bound: lambdas are searched in [-bound, bound].
-    points: of the grid of lambdas.
-    pieces: see `measure.measuring_config`.
+    points: number of lambdas on the grid.
+    disjoint_parts: see `measure.measuring_config`.
     progress: whether to show a bar.
 
   Raises:
-    config.ConfigError: one sentence on what is wrong and its mend.
+    config.ConfigError: one sentence on what is wrong and how to fix it.
   """
   own = config_lib.load(os.path.join(workdir, 'config.json'))
-  config = measure.measuring_config(own, bound, pieces)
+  config = measure.measuring_config(own, bound, disjoint_parts)
   validate.validate(config)
-  run = trainer.reopen(own, workdir)
-  where = trainer.checkpoints(run, 'rl')
+  run = workdir_lib.reopen(own, workdir)
+  where = workdir_lib.existing_checkpoints(run, 'rl')
   with contextlib.closing(checkpoint.Checkpoints(where, own.run.keep)) as saved:
     chosen, notes = _choose(saved, steps, where), _note(run, saved.steps())
   grid = np.linspace(-bound, bound, points)
@@ -145,19 +143,19 @@ def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
   summaries = [summary.summarise(s, m, grid) for s, m in found.items()]
   directory = run.path('diagnosis')
   os.makedirs(directory, exist_ok=True)
-  title = (f'{own.task.name} {own.task.dataset}'.strip() +
-           f', regime {own.mtp.regime}, seed {own.seed}')
+  title = config_lib.title(own)
   text = summary.markdown(summaries, f'Diagnosis: {title}', notes)
   with open(os.path.join(directory, 'diagnosis.md'), 'w',
             encoding='utf-8') as f:
     f.write(text)
-  metrics.write_json(os.path.join(directory, 'diagnosis.json'), summary.plain(
-      {'title': title, 'bound': bound, 'pieces': config.occ.pieces,
-       'notes': notes, 'checkpoints': summaries}))
+  metrics.write_json(os.path.join(directory, 'diagnosis.json'), metrics.to_json(
+      {'title': title, 'bound': bound,
+       'disjoint_parts': config.occ.disjoint_parts, 'notes': notes,
+       'checkpoints': summaries}, digits=6))
   with open(os.path.join(directory, 'rollouts.jsonl'), 'w',
             encoding='utf-8') as f:
-    f.writelines(json.dumps({'step': s, **summary.plain(m)}) + '\n'
+    f.writelines(json.dumps({'step': s, **metrics.to_json(m, digits=6)}) + '\n'
                  for s, ms in found.items() for m in ms)
   if any(s['rollouts'] for s in summaries):
-    figures.draw_all(summaries, directory, title)
+    diagnosis_figures.draw_all(summaries, directory, title)
   return text, directory

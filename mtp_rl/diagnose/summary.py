@@ -1,28 +1,29 @@
 """Statistics of `measure.Measures` over the rollouts of a checkpoint.
 
-Same-batch and de-biased alignment, c and c_cross, are both divided by the root
-mean squares of ||g_RL|| and ||g_MTP|| over the rollouts of the checkpoint.
-Their ratio is then the share of c that is signal; nothing is divided by the
-norms of its own rollout, which would bias c_cross again (a large one comes
-with long gradients), nor by a de-biased norm, whose estimate
-may be near 0 or negative. The cosine of the expected gradients,
-c_cross / sqrt(rl_cross v2_cross) of the means over rollouts ('pooled'), is
-added where both de-biased norms differ from 0 by their intervals.
+Same-batch alignment c and de-biased alignment c_cross are both divided by the
+root mean squares of ||g_RL|| and ||g_MTP|| over the rollouts of the checkpoint,
+so their ratio is the share of c that is signal. They are not divided by the
+norms of their own rollout, which would bias c_cross again (a large c_cross
+comes with long gradients), nor by de-biased norms, whose estimates may be near
+0 or negative. The cosine of the expected gradients ('pooled'),
+c_cross / sqrt(rl_cross v2_cross) of the means over rollouts, is reported where
+the intervals of both de-biased norms exclude 0.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_rl import estimators, intervals, occ
+from mtp_rl import estimators, occ
 from mtp_rl.diagnose import measure
+from mtp_rl.report import intervals, tables
 
 FORMS = ('same', 'cross', 'curvature')
 _RESAMPLES = 2000
 
 
 def has_gradient(m):
-  """Tell whether a minibatch has both gradients (a mean reward of 1: none)."""
+  """Return whether a minibatch has both gradients (equal rewards give none)."""
   whole = m.scopes['all']
   return bool(m.eta > 0 and whole['rl'] > 0 and np.all(whole['v2'] > 0))
 
@@ -32,11 +33,11 @@ def best_lambda(grid, curves):
 
   Args:
     grid: [N].
-    curves: [n, N], one a rollout.
+    curves: [n, N], one row per rollout.
 
   Returns:
-    `intervals.Interval`; 2.5 and 97.5 % of the bootstrap over rollouts, which
-    is too narrow where these are few.
+    `intervals.Interval`; its ends are the 2.5 % and 97.5 % quantiles of the
+    bootstrap over rollouts, which is too narrow if there are few of them.
   """
   n = len(curves)
   peak = jax.vmap(occ.vertex, (None, 0))
@@ -48,7 +49,7 @@ def best_lambda(grid, curves):
 
 
 def _sure(x, sign=0):
-  """Tell whether an interval leaves out 0 (and lies on the side of sign)."""
+  """Return whether an interval excludes 0 (and, if sign is 1, is above it)."""
   return x.low is not None and (x.low > 0 or (x.high < 0 and sign <= 0))
 
 
@@ -75,11 +76,11 @@ def _alignment(products):
 
 
 def summarise(step, measures, grid):
-  """Return what the rollouts of one checkpoint say, a dict.
+  """Return the statistics of the rollouts of one checkpoint, a dict.
 
   Args:
     step: of the checkpoint.
-    measures: list of `measure.Measures` of NumPy arrays, one a rollout.
+    measures: list of `measure.Measures` of NumPy arrays, one per rollout.
     grid: [N].
   """
   used = [m for m in measures if has_gradient(m)]
@@ -98,7 +99,7 @@ def summarise(step, measures, grid):
     lam = stack.lam[name]
     one = lam.mean(1)
     out['estimators'][name] = {
-        'lam': number(one), 'heads': lam.mean(0).tolist(),
+        'lam': number(one), 'modules': lam.mean(0).tolist(),
         'sign': float(np.mean(np.sign(one) == np.sign(best.mean))),
         'distance': float(np.mean(np.abs(one - best.mean))),
         **{f: number(getattr(stack, f)[name])
@@ -107,19 +108,6 @@ def summarise(step, measures, grid):
       f: stack.curve[f].mean(0).tolist() for f in FORMS},
       'achieved': [number(x) for x in stack.curve['achieved'].T]}
   return out
-
-
-def plain(x):
-  """Return x with intervals as dicts and numbers of six digits, for JSON."""
-  if hasattr(x, '_asdict'):
-    x = x._asdict()
-  if isinstance(x, dict):
-    return {str(k): plain(v) for k, v in x.items()}
-  if isinstance(x, (list, tuple, np.ndarray)) and np.ndim(x):
-    return [plain(v) for v in x]
-  if x is None or isinstance(x, (str, bool, int)):
-    return x
-  return float(f'{float(x):.6g}') if np.isfinite(x) else None
 
 
 def _pm(x, form='+.3f'):
@@ -136,13 +124,7 @@ def _cell(x, form):
 
 
 def _table(head, lines):
-  """Return a Markdown table whose columns also align as plain text."""
-  rows = [head, *lines]
-  widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-  line = lambda r: '| ' + ' | '.join(
-      c.ljust(w) for c, w in zip(r, widths)) + ' |\n'
-  rule = '|' + '|'.join('-' * (w + 2) for w in widths) + '|\n'
-  return line(head) + rule + ''.join(map(line, lines)) + '\n'
+  return tables.markdown(head, lines, aligned=True) + '\n'
 
 
 def _alignment_table(found):
@@ -161,8 +143,8 @@ def _estimator_table(s):
   lines = []
   for name, e in s['estimators'].items():
     lam = _pm(e['lam'])
-    if len(e['heads']) > 1:
-      lam += ' (' + ', '.join(f'{x:+.2f}' for x in e['heads']) + ')'
+    if len(e['modules']) > 1:
+      lam += ' (' + ', '.join(f'{x:+.2f}' for x in e['modules']) + ')'
     lines.append([name, lam, f'{e["sign"]:.0%}', f'{e["distance"]:.3f}',
                   f'{e["same"].mean:+.1e}', f'{e["cross"].mean:+.1e}',
                   _pm(e['achieved'], '+.1e')])
@@ -171,7 +153,7 @@ def _estimator_table(s):
 
 
 def nearest(s):
-  """Return the estimators nearest to the held-out best and gaining most.
+  """Return the estimator nearest to the held-out best, and that of most gain.
 
   The oracle is left out: it reads the rollouts that it would be judged on.
   """
@@ -185,7 +167,7 @@ def markdown(summaries, title, notes):
   """Return the tables of all checkpoints.
 
   Args:
-    summaries: list of `summarise`.
+    summaries: list of dicts from `summarise`.
     title: first line.
     notes: list of sentences below it.
   """

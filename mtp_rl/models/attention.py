@@ -1,13 +1,13 @@
-"""Causal grouped-query attention, in the form that suits the target.
+"""Causal grouped-query attention, in several forms for different targets.
 
     plain    softmax(q k^T / sqrt(C)) v, all scores at once
-    blocks   the same, a block of queries at a time: never T x T scores
+    blocks   the same for one block of queries at a time, never T x T scores
     splash   JAX's Pallas kernel for TPU
     cudnn    `jax.nn.dot_product_attention` by cuDNN, for GPU
 
-All see the same keys: those of the query's own segment, up to its column. The
-two kernels have a gradient but no gradient of a gradient, so a
-Hessian-vector product takes 'blocks' (`without_kernels`).
+In all forms a query attends to the keys of its own segment, up to its column.
+The two kernels cannot be differentiated twice, so Hessian-vector products use
+'blocks' (`without_kernels`).
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from jax.sharding import PartitionSpec as P
 from mtp_rl import config as config_lib
 from mtp_rl import sharding
 
-NAME = 'attention'  # of the result, for rematerialisation policies
-BLOCK = 256  # queries whose scores are alive at once
-_LONG = 512  # columns from which 'auto' takes blocks
-_PARTS = 4  # of the queries, each with only the keys that it may see
-_TILE = 512  # of the splash kernel, at most
-_LANES = 128  # what its sizes must be multiples of
+NAME = 'attention'  # names the result for rematerialisation policies
+BLOCK = 256  # queries whose scores are in memory at once
+_LONG = 512  # above this number of columns 'auto' takes blocks
+_PARTS = 4  # groups of blocks; each reads the keys up to its own end
+_TILE = 512  # largest tile of the splash kernel
+_LANES = 128  # the splash kernel's sizes are multiples of it
 
 
 class Rows(NamedTuple):
@@ -37,8 +37,8 @@ class Rows(NamedTuple):
   Attributes:
     queries: int32 [B, T], segment of each query; 0 is padding.
     keys: int32 [B, U], segment of each key.
-    columns: int32 [T], the keys' columns where the queries stand, or None
-      where T = U and they stand in their own.
+    columns: int32 [T], each query's column among the keys; None where T = U
+      and query t is in column t.
   """
   queries: jax.Array
   keys: jax.Array
@@ -52,7 +52,7 @@ def full(segments):
 
 
 def resolve(kind, channels, columns, dtype):
-  """Return the form that model.attention = 'auto' stands for.
+  """Return the form of attention to use, choosing one for 'auto'.
 
   Args:
     kind: model.attention.
@@ -61,7 +61,8 @@ def resolve(kind, channels, columns, dtype):
     dtype: of the computation.
 
   Raises:
-    config.ConfigError: the target has no such kernel.
+    config.ConfigError: the kernel asked for does not support the target or
+      these sizes.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   platform = device.platform if device else jax.default_backend()
@@ -88,7 +89,7 @@ def resolve(kind, channels, columns, dtype):
   return 'blocks' if columns > _LONG else 'plain'
 
 
-def without_kernels(model_config):
+def without_kernels(model_config: config_lib.Model):
   """Return a `config.Model` whose attention can be differentiated twice."""
   kind = model_config.attention
   if kind in ('splash', 'cudnn', 'auto'):
@@ -96,7 +97,7 @@ def without_kernels(model_config):
   return dataclasses.replace(model_config, attention=kind)
 
 
-def for_segments(model_config, channels, columns):
+def for_segments(model_config: config_lib.Model, channels, columns):
   """Return a `config.Model` whose attention takes several segments a row.
 
   Args:
@@ -116,7 +117,7 @@ def attend(query, key, value, rows, kind='plain'):
     query: [B, T, H, C].
     key, value: [B, U, N, C] with H a multiple of N.
     rows: `Rows`.
-    kind: see the module's text; all but 'plain' take whole sequences.
+    kind: one of the module's forms; all but 'plain' need whole sequences.
 
   Returns:
     [B, T, H, C].
@@ -124,24 +125,25 @@ def attend(query, key, value, rows, kind='plain'):
   form = {'plain': plain, 'blocks': blocks, 'splash': splash,
           'cudnn': aligned}[kind]
   y = form(query, key, value, rows)
-  # The kernel names its own result, and would be saved twice.
+  # splash names its result itself; named again, it would be saved twice.
   return y if kind == 'splash' else checkpoint_name(y, NAME)
 
 
 def plain(query, key, value, rows):
-  """Hold all scores [B, H, T, U] at once; see `attend`."""
+  """Attend with all scores [B, H, T, U] in memory at once; see `attend`."""
   return cached(query, key.swapaxes(1, 2), value.swapaxes(1, 2), rows)
 
 
 def cached(query, key, value, rows):
-  """Do what `plain` does with key and value [B, N, U, C], as a cache is."""
+  """Do what `plain` does, with key and value [B, N, U, C] as in a cache."""
   b, t, h, c = query.shape
   n, u = key.shape[1:3]
   columns = jnp.arange(t) if rows.columns is None else rows.columns
   mask = ((rows.queries[:, :, None] == rows.keys[:, None, :])
           & (jnp.arange(u)[None, :] <= columns[:, None]))
-  # Batched matmuls on [B, N], which a mesh may split; the h / n query heads of
-  # a group as rows; dividing after the second spares a pass over the weights.
+  # Matmuls are batched over [B, N], which a mesh may split, and have the h / n
+  # query heads of a group as rows. Dividing by the sum of the weights after the
+  # second one saves a pass over them.
   g = h // n
   q = (query * c ** -0.5).reshape(b, t, n, g, c)
   q = q.transpose(0, 2, 3, 1, 4).reshape(b, n, g * t, c)
@@ -159,16 +161,17 @@ def cached(query, key, value, rows):
 
 
 def blocks(query, key, value, rows, block=BLOCK):
-  """Take up to `block` queries at a time, recomputed in the backward pass.
+  """Attend with up to `block` queries at a time; see `attend`.
 
-  The queries pass in a few parts, each with the keys up to its own end, so
-  that about 5/8 of the scores are computed, not all; see `attend`.
+  Each block is recomputed in the backward pass. The blocks form a few parts,
+  each of which reads the keys up to its own end, so that only about 5/8 of all
+  scores are computed.
   """
   t = query.shape[1]
   n = -(-t // block)  # blocks in all
   if n == 1:
     return plain(query, key, value, rows)
-  block = -(-t // n)  # as even as they can be: less padding
+  block = -(-t // n)  # of nearly equal size: less padding
   pad = lambda x: jnp.pad(x, ((0, 0), (0, n * block - t))
                           + ((0, 0),) * (x.ndim - 2))
   cut = lambda x: jnp.moveaxis(
@@ -224,18 +227,18 @@ def splash(query, key, value, rows, interpret=False):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return local(*args, rows.queries)
-  split = 'model' if (key.shape[2] % mesh.shape['model'] == 0) else None
+  split = 'tensor' if (key.shape[2] % mesh.shape['tensor'] == 0) else None
   wide = P(sharding.BATCH, None, split)
   return jax.shard_map(local, in_specs=(wide, wide, wide, P(sharding.BATCH)),
                        out_specs=wide, check_vma=False)(*args, rows.queries)
 
 
 def aligned(query, key, value, rows, implementation='cudnn'):
-  """Run `jax.nn.dot_product_attention` on rows moved to the left.
+  """Run `jax.nn.dot_product_attention` on rows shifted to the left.
 
-  cuDNN knows causality and lengths but no left padding, and a mask would be
-  T x T again: each row is rolled so that its padding comes last, and back.
-  A row must hold one segment; see `attend`.
+  cuDNN supports causality and lengths but not left padding, and a mask would
+  take T x T memory again. So each row is rolled to put its padding last, and
+  the result is rolled back. A row must hold one segment; see `attend`.
   """
   t = query.shape[1]
   there = rows.queries > 0

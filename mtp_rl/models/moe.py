@@ -1,4 +1,4 @@
-"""The expert layer: a sigmoid router and experts that see their tokens alone.
+"""The expert layer: a sigmoid router, and experts for the tokens it sends.
 
     s = sigmoid(x R)                        scores of all E experts, float32
     chosen = top-k of s + b                 b: correction bias, no gradient
@@ -9,9 +9,9 @@ With groups, only the experts of the best groups can be chosen; a group's
 rank is the sum of its two largest s + b. Source: DeepSeek-V3
 (arXiv 2412.19437, equations 12-16), GLM-4.5 (arXiv 2508.06471).
 
-Copies of the tokens are sorted by expert and meet the stacked matrices in
-`jax.lax.ragged_dot`, the work of the chosen experts only where the backend has
-a kernel for it; on CPU XLA expands it to all E.
+Copies of the tokens are sorted by expert and multiplied by the stacked matrices
+with `jax.lax.ragged_dot`. Where the backend has a kernel for it, each token
+costs only its chosen experts; on CPU, XLA computes all E experts.
 """
 
 import functools
@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from mtp_rl import config as config_lib
 from mtp_rl import sharding
 
-LOAD = 'load'  # the collection that `Experts` sows into, where mutable
+LOAD = 'load'  # collection that `Experts` writes to, if mutable
 
 
 def load(variables):
@@ -39,27 +40,27 @@ def load(variables):
 
 
 def balance(loads):
-  """Return metrics of `load`: fractions of a layer's choices, 1 is fair.
+  """Return metrics of how evenly tokens are routed; 1 is an even load.
 
   Args:
-    loads: int [B, L, E] NumPy array.
+    loads: int [B, L, E] NumPy array, see `load`.
 
   Returns:
-    dict of moe/load_max and moe/load_min, a layer's busiest and idlest expert
-    times E, means over layers.
+    dict of moe/load_max and moe/load_min: E times the share of choices that
+    the busiest and the idlest expert of a layer get, means over layers.
   """
   share = loads.sum(0) / np.maximum(loads.sum((0, 2))[:, None], 1)
   return {'moe/load_max': float(share.max(1).mean() * loads.shape[2]),
           'moe/load_min': float(share.min(1).mean() * loads.shape[2])}
 
 
-def route(x, router, bias, m):
+def route(x, router, bias, m: config_lib.Model):
   """Return each token's experts and their weights.
 
   Args:
     x: [N, D], tokens.
     router: float32 [D, E].
-    bias: float32 [E], added for the choice alone.
+    bias: float32 [E], added to choose experts, but not to their weights.
     m: `config.Model`.
 
   Returns:
@@ -112,14 +113,14 @@ _narrow.defvjp(_forward, _backward)
 def grouped_matmul(x, kernel, master, sizes, out):
   """Return x W_g for each group g of rows.
 
-  Where x is narrow, the gradient goes to `master` in float32; left to
-  autodiff, it would be rounded to x's dtype before it is summed over devices.
+  If x is narrower than float32, the gradient goes to `master` in float32;
+  autodiff would round it to x's dtype before summing it over devices.
 
   Args:
     x: [N, D], rows sorted by group.
     kernel: [G, D, F], of x's dtype.
-    master: float32 [G, D, F], what kernel was cast from: an argument of its
-      own, never read, so that devices gather the narrow one.
+    master: float32 [G, D, F], the source of `kernel`; passed only to receive
+      the gradient, so that devices gather the narrow one.
     sizes: int32 [G], rows of each group.
     out: dtype of the result.
 
@@ -132,7 +133,7 @@ def grouped_matmul(x, kernel, master, sizes, out):
 
 
 def mixture(x, chosen, weights, kernels, masters, first=0):
-  """Return what a run of experts add to each token.
+  """Return what consecutive experts add to each token.
 
   Args:
     x: [N, D], tokens.
@@ -154,7 +155,7 @@ def mixture(x, chosen, weights, kernels, masters, first=0):
   gate, up, down = (functools.partial(
       grouped_matmul, kernel=w, master=m, sizes=sizes)
                     for w, m in zip(kernels, masters))
-  inside = (local < count)[order, None]  # else unspecified, backward too
+  inside = (local < count)[order, None]  # else unspecified, in backward too
   rows = jnp.where(inside, x[order // k], 0)
   y = down(jax.nn.silu(gate(rows, out=x.dtype)) * up(rows, out=x.dtype),
            out=jnp.float32)
@@ -166,9 +167,9 @@ def mixture(x, chosen, weights, kernels, masters, first=0):
 def _on_mesh(x, chosen, weights, kernels, masters):
   """Run `mixture` with each device's own experts; see it for the arguments.
 
-  Experts live on 'expert', their inner width on 'model'. The tokens of the
-  devices that share an expert axis meet on all of them, and the results are
-  summed back to where the tokens came from.
+  Experts are split over 'expert', their inner width over 'tensor'. Tokens are
+  gathered over 'expert'; the results are summed over it and scattered back to
+  the devices that the tokens came from.
   """
   mesh = jax.sharding.get_abstract_mesh()
   whole = functools.partial(mixture, x, chosen, weights, kernels, masters)
@@ -176,25 +177,26 @@ def _on_mesh(x, chosen, weights, kernels, masters):
     return whole()
   if (x.shape[0] % sharding.batch_size(mesh)
       or kernels[0].shape[0] % mesh.shape['expert']
-      or kernels[0].shape[2] % mesh.shape['model']):
-    return whole()  # what does not divide is left to the compiler
+      or kernels[0].shape[2] % mesh.shape['tensor']):
+    return whole()  # does not divide: leave it to the compiler
 
   vary = lambda x, *axes: jax.lax.pcast(x, axes, to='varying')
   alone = tuple(a for a in sharding.BATCH if a != 'expert')
 
   def local(x, chosen, weights, kernels, masters):
     meet = lambda y: jax.lax.all_gather(y, 'expert', tiled=True)
-    # Gradients are summed over the devices that an argument is whole on.
+    # Marks the kernels as varying over the axes that replicate them, so that
+    # their gradients are summed over those.
     kernels, masters = jax.tree.map(lambda w: vary(w, *alone),
                                     (kernels, masters))
-    y = mixture(vary(meet(x), 'model'), meet(chosen), meet(weights), kernels,
+    y = mixture(vary(meet(x), 'tensor'), meet(chosen), meet(weights), kernels,
                 masters, jax.lax.axis_index('expert') * kernels[0].shape[0])
-    y = jax.lax.psum(y, 'model')
+    y = jax.lax.psum(y, 'tensor')
     return jax.lax.psum_scatter(y, 'expert', tiled=True)
 
   tokens = P(sharding.BATCH)
-  wide = P('expert', None, 'model')
-  each = wide, wide, P('expert', 'model')
+  wide = P('expert', None, 'tensor')
+  each = wide, wide, P('expert', 'tensor')
   return jax.shard_map(
       local, in_specs=(tokens, tokens, tokens, each, each),
       out_specs=tokens)(x, chosen, weights, kernels, masters)
@@ -224,10 +226,10 @@ class _Router(nn.Module):
 class Experts(nn.Module):
   """The routed experts of one layer.
 
-  Where the collection `LOAD` is mutable it receives int32 [B, E]: how many of
-  a row's valid tokens took each expert.
+  If the collection `LOAD` is mutable it receives int32 [B, E]: how many of a
+  row's valid tokens were routed to each expert.
   """
-  config: object  # config.Model
+  config: config_lib.Model
 
   @nn.compact
   def __call__(self, x, valid):

@@ -1,7 +1,7 @@
-"""Named architectures of the one decoder, and Hugging Face's config.json.
+"""Named architectures of the decoder, and Hugging Face's config.json.
 
-`model.pretrained` needs the config's own fields to say the architecture; a
-config file takes them from here:
+With `model.pretrained` the config's fields must give the checkpoint's
+architecture; a config file can take them from here:
 
     config.model, mtp = presets.model('mimo_7b')
     config.mtp = dataclasses.replace(config.mtp, **mtp)
@@ -11,7 +11,7 @@ import dataclasses
 
 from mtp_rl import config as config_lib
 
-# Fields of config.Model and config.MTP that make an architecture; the others
+# Fields of config.Model and config.MTP that define an architecture; the others
 # say how it is computed.
 MODEL_FIELDS = (
     'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'head_dim', 'd_ff',
@@ -33,17 +33,17 @@ _PRESETS = {
         d_model=4096, n_layers=36, n_heads=32, n_kv_heads=8, head_dim=128,
         d_ff=11008, vocab_size=151680, rope_theta=640000., norm_eps=1e-5,
         qkv_bias=True, tie_embeddings=False),
-                dict(heads=1, concat='h_emb', hidden='post_norm')),
+                dict(modules=1, concat='h_emb', hidden='post_norm')),
     'glm_4_5_air': (dict(  # GLM-4-MoE with one MTP layer
         d_model=4096, n_layers=46, n_heads=96, n_kv_heads=8, head_dim=128,
         d_ff=10944, vocab_size=151552, rope_theta=1e6, rotary=.5,
         norm_eps=1e-5, qkv_bias=True, tie_embeddings=False, experts=128,
         experts_per_token=8, expert_ff=1408, shared_experts=1, dense_layers=1),
-                    dict(heads=1, concat='emb_h', hidden='post_norm')),
+                    dict(modules=1, concat='emb_h', hidden='post_norm')),
 }
 NAMES = tuple(_PRESETS)
 
-# config.Model field -> key of config.json, where they say the same.
+# config.Model field -> key of config.json with the same meaning.
 _SAME = {
     'd_model': 'hidden_size', 'n_layers': 'num_hidden_layers',
     'n_heads': 'num_attention_heads', 'n_kv_heads': 'num_key_value_heads',
@@ -77,15 +77,15 @@ def model(name):
   return config_lib.Model(**fields), dict(mtp)
 
 
-def family(model_config, heads):
-  """Return the model_type of config.json that can say this architecture.
+def family(model_config: config_lib.Model, modules):
+  """Return the model_type of config.json that can express this architecture.
 
   Args:
     model_config: `config.Model`.
-    heads: K.
+    modules: K.
 
   Raises:
-    config.ConfigError: there is none among those this project knows.
+    config.ConfigError: this project knows none that can.
   """
   m = model_config
   if m.experts:
@@ -96,33 +96,33 @@ def family(model_config, heads):
         'both model.qkv_bias and model.qk_norm; set one of them false')
   if m.qk_norm:
     return 'qwen3'
-  return ('mimo' if heads else 'qwen2') if m.qkv_bias else 'llama'
+  return ('mimo' if modules else 'qwen2') if m.qkv_bias else 'llama'
 
 
-def to_hf(model_config, mtp):
+def to_hf(model_config: config_lib.Model, mtp: config_lib.MTP):
   """Return config.json as a dict; `from_hf` reads it back.
 
   Args:
     model_config: `config.Model` with its vocab_size set.
     mtp: `config.MTP`.
   """
-  m, kind = model_config, family(model_config, mtp.heads)
+  m, kind = model_config, family(model_config, mtp.modules)
   out = {'model_type': kind, 'architectures': [_ARCHITECTURES[kind]],
          'hidden_act': 'silu', 'torch_dtype': 'float32',
          'head_dim': m.head_dim or m.d_model // m.n_heads,
          'rope_theta': m.rope_theta, 'tie_word_embeddings': m.tie_embeddings,
-         'num_nextn_predict_layers': mtp.heads,
+         'num_nextn_predict_layers': mtp.modules,
          **{key: getattr(m, field) for field, key in _SAME.items()}}
   if kind == 'glm4_moe':
     out |= {key: getattr(m, field) for field, key in _EXPERTS.items()}
     out['partial_rotary_factor'] = m.rotary
-  if mtp.heads:
+  if mtp.modules:
     out['mtp_rl'] = {field: getattr(mtp, field) for field in MTP_FIELDS}
   return out
 
 
 def _refuse_unknown(values):
-  """Raise ConfigError where the decoder has no such thing."""
+  """Raise ConfigError if config.json sets what the decoder does not support."""
   kind = values.get('model_type')
   if kind not in _ARCHITECTURES:
     raise config_lib.ConfigError(
@@ -146,18 +146,18 @@ def _refuse_unknown(values):
     if bad:
       raise config_lib.ConfigError(
           f'config.json sets {name}={values.get(name, rope)!r}, which the '
-          'decoder does not have; choose another model')
+          'decoder does not support; choose another model')
 
 
 def from_hf(values):
   """Return the `config.Model` and MTP fields that a config.json describes.
 
   Args:
-    values: the dict.
+    values: the config.json as a dict.
 
   Raises:
-    config.ConfigError: it lacks a field, or describes what the decoder has
-      not.
+    config.ConfigError: a field is missing, of a wrong type, or set to what the
+      decoder does not support.
   """
   _refuse_unknown(values)
   kind = values['model_type']
@@ -174,17 +174,17 @@ def from_hf(values):
       fields |= {field: values[key] for field, key in _EXPERTS.items()}
       fields['rotary'] = rope.get('partial_rotary_factor', .5)
   except KeyError as e:
-    raise config_lib.ConfigError(f'config.json has no {e}; it must say it'
+    raise config_lib.ConfigError(f'config.json has no {e}; add that field'
                                  ) from e
   fields['tie_embeddings'] = bool(values.get('tie_word_embeddings', False))
   if kind in ('qwen2', 'mimo'):
     fields['qkv_bias'] = True
   if kind == 'qwen3':
     fields['qk_norm'] = True
-  heads = values.get('num_nextn_predict_layers') or 0
+  modules = values.get('num_nextn_predict_layers') or 0
   mtp = {}
-  if heads:
-    mtp = {'heads': heads, 'kind': 'sequential', 'hidden': 'post_norm',
+  if modules:
+    mtp = {'modules': modules, 'kind': 'sequential', 'hidden': 'post_norm',
            'concat': 'emb_h' if kind == 'glm4_moe' else 'h_emb',
            **(values.get('mtp_rl') or {})}
   for name, value in {**fields, **mtp}.items():
@@ -198,8 +198,9 @@ def from_hf(values):
   return config_lib.Model(**fields), mtp
 
 
-def differences(model_config, mtp, found_model, found_mtp):
-  """Return 'field (config's value, file's value)' where the two disagree.
+def differences(model_config: config_lib.Model, mtp: config_lib.MTP,
+                found_model: config_lib.Model, found_mtp):
+  """Return a list of 'field (config's value, file's value)' that differ.
 
   Args:
     model_config: `config.Model` that a run sets.
@@ -213,7 +214,7 @@ def differences(model_config, mtp, found_model, found_mtp):
   a, b = full(model_config), full(found_model)
   pairs = [(f'model.{f}', getattr(a, f), getattr(b, f)) for f in MODEL_FIELDS
            if f != 'vocab_size' or a.vocab_size]
-  if mtp.heads and found_mtp:
+  if mtp.modules and found_mtp:
     pairs += [(f'mtp.{f}', getattr(mtp, f), found_mtp[f]) for f in MTP_FIELDS]
   return [f'{name} ({x!r}, {y!r})' for name, x, y in pairs
           if x != y and not (isinstance(x, float) and abs(x - y) < 1e-6 * abs(

@@ -1,9 +1,8 @@
 """Pretrained weights: Hugging Face folders and GGUF files <-> parameters.
 
-One table says under which names a published checkpoint keeps each parameter;
-reading and writing both follow it. A tensor is read at a time, and of it the
-rows and columns that this process's devices hold; nothing is unpickled.
-MTP modules:
+Reading and writing use one table of the names of each parameter in published
+checkpoints. Tensors are read one at a time, and only those rows and columns
+that this process's devices hold; nothing is unpickled. Names of MTP modules:
 
     MiMo (and any dense model)   model.mtp_layers.<k-1>.*
     GLM-4-MoE                    model.layers.<n_layers+k-1>.*
@@ -16,7 +15,6 @@ import re
 import jax
 import ml_dtypes
 import numpy as np
-from safetensors import numpy as safe
 
 from mtp_rl import config as config_lib
 from mtp_rl import tree as tree_lib
@@ -51,22 +49,22 @@ def _in_layer(module, sparse):
   return ('mlp.shared_experts.' if sparse else 'mlp.') + _MLP[module]
 
 
-def _mtp_prefix(depth, m):
+def _mtp_prefix(depth, m: config_lib.Model):
   if m.experts:
     return f'model.layers.{m.n_layers + depth - 1}.'
   return f'model.mtp_layers.{depth - 1}.'
 
 
-def names(path, m):
-  """Return a checkpoint's names of one parameter.
+def names(path, m: config_lib.Model):
+  """Return the names of one parameter in a published checkpoint.
 
   Args:
     path: '/'-joined path of the parameter.
     m: `config.Model`.
 
   Returns:
-    array of str, its shape the stacked leading dimensions of the parameter
-    (layers, experts), and whether each tensor is the transpose of ours.
+    array of str, shaped as the parameter's stacked leading dimensions (layers,
+    experts), and whether each tensor is the transpose of ours.
   """
   *module, kind = path.split('/')
   last = '.bias' if kind == 'bias' else '.weight'
@@ -80,7 +78,7 @@ def names(path, m):
       layers, sparse = range(dense), False
     prefixes = [f'model.layers.{i}.' for i in layers]
     name = _in_layer('/'.join(module[2:]), sparse)
-  elif module[0] == tree_lib.HEAD:
+  elif module[0] == tree_lib.PSI:
     prefixes = _mtp_prefix(int(module[1].removeprefix('depth_')), m)
     own = _MODULES['glm4_moe' if m.experts else 'mimo']
     name = (own[module[2]] if module[2] in own
@@ -97,14 +95,14 @@ def names(path, m):
   return np.asarray(grid, object), kind == 'kernel'
 
 
-def _table(abstract, m):
+def _table(abstract, m: config_lib.Model):
   """Return {path: (leaf, names, transposed)} of a tree of parameters."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
   return {tree_lib.path(keys): (leaf, *names(tree_lib.path(keys), m))
           for keys, leaf in leaves}
 
 
-def shapes(abstract, m):
+def shapes(abstract, m: config_lib.Model):
   """Return {checkpoint name: shape} of parameters (arrays or abstract)."""
   out = {}
   for leaf, grid, transposed in _table(abstract, m).values():
@@ -113,33 +111,33 @@ def shapes(abstract, m):
   return out
 
 
-def _copies(m, heads):
-  """Return {name: original} of tensors that repeat another."""
+def _copies(m: config_lib.Model, modules):
+  """Return {name: original} of the tensors that repeat another one."""
   head = 'lm_head' if not m.tie_embeddings else 'model.embed_tokens'
   out = {'lm_head.weight': head + '.weight'} if m.tie_embeddings else {}
   if m.experts:
-    for depth in range(1, heads + 1):
+    for depth in range(1, modules + 1):
       prefix = _mtp_prefix(depth, m)
       out[prefix + 'embed_tokens.weight'] = 'model.embed_tokens.weight'
       out[prefix + 'shared_head.head.weight'] = head + '.weight'
   return out
 
 
-def _left_out(name, m, heads):
-  """Whether a tensor is of a deeper MTP module, or a buffer of old files."""
+def _left_out(name, m, modules):
+  """Return whether a tensor belongs to a deeper MTP module or is a buffer."""
   pattern = (r'model\.layers\.(\d+)\.' if m.experts
              else r'model\.mtp_layers\.(\d+)\.')
   found = re.match(pattern, name)
   first = m.n_layers if m.experts else 0
   return name.endswith('rotary_emb.inv_freq') or bool(
-      found and int(found[1]) >= first + heads)
+      found and int(found[1]) >= first + modules)
 
 
-def _compare(path, wanted, have, m, heads):
+def _compare(path, wanted, have, m, modules):
   """Raise one ConfigError that lists every tensor that does not fit."""
-  copies = _copies(m, heads)
+  copies = _copies(m, modules)
   extra = sorted(n for n in have.keys() - wanted.keys() - copies.keys()
-                 if not _left_out(n, m, heads))
+                 if not _left_out(n, m, modules))
   missing = sorted(wanted.keys() - have.keys())
   odd = [f'{n} {tuple(have[n])} for {tuple(wanted[n])}'
          for n in sorted(wanted.keys() & have.keys())
@@ -153,8 +151,8 @@ def _compare(path, wanted, have, m, heads):
         f'{"; ".join(parts)}; set model.* as the checkpoint has it')
 
 
-def _check_copies(path, source, m, heads, rows=4096):
-  for name, original in _copies(m, heads).items():
+def _check_copies(path, source, m, modules, rows=4096):
+  for name, original in _copies(m, modules).items():
     if name not in source.shapes:
       continue
     shape = source.shapes[original]
@@ -164,7 +162,7 @@ def _check_copies(path, source, m, heads, rows=4096):
           source.read(name, piece), source.read(original, piece)):
         raise config_lib.ConfigError(
             f'{name} of {path} differs from {original}, but the decoder shares '
-            'them; set mtp.heads=0 or choose another checkpoint')
+            'them; set mtp.modules=0 or choose another checkpoint')
 
 
 def _array(source, leaf, grid, transposed):
@@ -180,13 +178,13 @@ def _array(source, leaf, grid, transposed):
       out[place] = x.T if transposed else x
     return out
 
-  # Waiting frees the buffers of this parameter before the next is read.
+  # Wait, so that this parameter's buffers are freed before the next is read.
   return jax.block_until_ready(
       jax.make_array_from_callback(leaf.shape, leaf.sharding, read))
 
 
-def check(path, model_config, mtp):
-  """Return the source at a path if it is of the config's architecture.
+def check(path, model_config: config_lib.Model, mtp: config_lib.MTP):
+  """Return the source at a path if its architecture is the config's.
 
   Raises:
     config.ConfigError: it cannot be read, or fields differ (each is named).
@@ -201,10 +199,12 @@ def check(path, model_config, mtp):
   return source
 
 
-def load(path, abstract, model_config, mtp, fresh=None):
+def load(path, abstract, model_config: config_lib.Model, mtp: config_lib.MTP,
+         fresh=None):
   """Read a checkpoint straight into sharded arrays.
 
-  Host memory beside the arrays: the own shards of one parameter, one tensor.
+  Host memory, in addition to the arrays: this process's shards of one parameter
+  and one tensor.
 
   Args:
     path: Hugging Face folder (config.json, *.safetensors) or GGUF file.
@@ -222,34 +222,34 @@ def load(path, abstract, model_config, mtp, fresh=None):
       architecture; every unknown, missing and misshapen tensor is named.
   """
   m, source = model_config, check(path, model_config, mtp)
-  new = [k for k in range(1, mtp.heads + 1) if not any(
+  new = [k for k in range(1, mtp.modules + 1) if not any(
       n.startswith(_mtp_prefix(k, m)) for n in source.shapes)]
   if new and fresh is None:
     raise config_lib.ConfigError(
         f'{path} has no MTP weights for depth {new[0]}; set mtp.fresh=true '
-        'for new modules, or mtp.heads to what it has')
+        'for new modules, or mtp.modules to the number it has')
   kept = {f'depth_{k}': fresh[f'depth_{k}'] for k in new}
   stored = {**abstract}
   if new:
-    stored[tree_lib.HEAD] = {k: v for k, v in abstract[tree_lib.HEAD].items()
-                             if k not in kept}
-  _compare(path, shapes(stored, m), source.shapes, m, mtp.heads)
-  _check_copies(path, source, m, mtp.heads)
+    stored[tree_lib.PSI] = {k: v for k, v in abstract[tree_lib.PSI].items()
+                            if k not in kept}
+  _compare(path, shapes(stored, m), source.shapes, m, mtp.modules)
+  _check_copies(path, source, m, mtp.modules)
   out = jax.tree_util.tree_map_with_path(
       lambda keys, leaf: _array(source, leaf, *names(tree_lib.path(keys), m)),
       stored)
   if new:
-    out[tree_lib.HEAD] |= kept
+    out[tree_lib.PSI] |= kept
   return out
 
 
-def tensors(params, model_config, heads):
+def tensors(params, model_config: config_lib.Model, modules):
   """Yield (name, shape, read) of a published checkpoint of the parameters.
 
   Args:
     params: the parameters, arrays that this process can read in full.
     model_config: `config.Model`.
-    heads: K.
+    modules: K.
   """
   table = _table(params, model_config)
   for leaf, grid, transposed in table.values():
@@ -261,7 +261,7 @@ def tensors(params, model_config, heads):
       yield grid[place], shape[::-1] if transposed else shape, read
   originals = {grid[()]: (leaf, transposed) for leaf, grid, transposed in
                table.values() if not grid.ndim}
-  for name, original in _copies(model_config, heads).items():
+  for name, original in _copies(model_config, modules).items():
     if name != 'lm_head.weight':
       leaf, transposed = originals[original]
       yield (name, leaf.shape[::-1] if transposed else leaf.shape,
@@ -269,13 +269,14 @@ def tensors(params, model_config, heads):
              else np.asarray(x))
 
 
-def new_folder(folder, model_config, mtp):
+def new_folder(folder, model_config: config_lib.Model, mtp: config_lib.MTP):
   """Create a folder for `save` and return its config.json as a dict.
 
   Raises:
-    config.ConfigError: the folder holds weights, cannot be written, or no
-      known architecture is the model's.
+    config.ConfigError: the folder holds weights or cannot be written, or no
+      known architecture fits the model.
   """
+  sources.package('safetensors')  # fails before any work
   values = presets.to_hf(model_config, mtp)
   try:
     os.makedirs(folder, exist_ok=True)
@@ -290,11 +291,12 @@ def new_folder(folder, model_config, mtp):
   return values
 
 
-def save(folder, params, model_config, mtp, dtype='float32',
-         shard_bytes=2 ** 31):
+def save(folder, params, model_config: config_lib.Model, mtp: config_lib.MTP,
+         dtype='float32', shard_bytes=2 ** 31):
   """Write a Hugging Face folder: config.json, shards and their index.
 
-  Host memory: one shard. For one process; others need the arrays gathered.
+  Takes host memory for one shard. Works in one process, which must hold all
+  arrays in full.
 
   Args:
     folder: path, see `new_folder`.
@@ -302,15 +304,16 @@ def save(folder, params, model_config, mtp, dtype='float32',
     model_config: `config.Model`, vocab_size set.
     mtp: `config.MTP`.
     dtype: 'float32' (exact) or 'bfloat16'.
-    shard_bytes: a file grows no larger, but by its last tensor.
+    shard_bytes: most bytes of a file, unless it is one larger tensor.
 
   Raises:
     config.ConfigError: see `new_folder`.
   """
+  safe = sources.package('safetensors.numpy')
   values = new_folder(folder, model_config, mtp) | {'torch_dtype': dtype}
   kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
   shards, size = [[]], 0
-  for name, shape, read in tensors(params, model_config, mtp.heads):
+  for name, shape, read in tensors(params, model_config, mtp.modules):
     n = int(np.prod(shape)) * kind.itemsize
     if size + n > shard_bytes and shards[-1]:
       shards.append([])

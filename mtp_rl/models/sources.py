@@ -9,11 +9,15 @@ import json
 import os
 
 import numpy as np
-import safetensors
 
 from mtp_rl import config as config_lib
 
 INDEX = 'model.safetensors.index.json'
+
+
+def package(name):
+  """Import a module of the extra 'models'; raises config.ConfigError."""
+  return config_lib.optional(name, 'a published model', 'models')
 
 
 def open_source(path):
@@ -49,6 +53,7 @@ class Folder:
 
   def __init__(self, path):
     """Read config.json and the headers of the safetensors files."""
+    safetensors = package('safetensors')
     self.config = _json(os.path.join(path, 'config.json'))
     files = ['model.safetensors']
     index = os.path.join(path, INDEX)
@@ -72,7 +77,7 @@ class Folder:
         self._handles[key] = handle
 
   def read(self, name, slices):
-    """Return a slice of a tensor; nothing else of it is copied."""
+    """Return a slice of a tensor; the rest of the tensor is not copied."""
     return self._handles[name].get_slice(name)[slices]
 
 
@@ -93,7 +98,7 @@ _GGUF_CONFIG = {
 
 
 def _from_gguf(name):
-  """Return the Hugging Face name of a GGUF tensor; unknown ones stay."""
+  """Return a GGUF tensor's Hugging Face name; unknown names are kept."""
   stem, _, kind = name.rpartition('.')
   if stem in _GGUF_TOP:
     return f'{_GGUF_TOP[stem]}.{kind}'
@@ -106,8 +111,8 @@ def _from_gguf(name):
 class Gguf:
   """A GGUF file of a dense Llama, Qwen2 or Qwen3, dequantised as it is read.
 
-  Llama's GGUF files order the rows of q and k for a rotation that pairs
-  neighbours; they are put back for one that pairs the halves of a head.
+  Llama's GGUF files order the rows of q and k for RoPE on pairs of neighbouring
+  channels; `read` reorders them for ours, which pairs the halves of a head.
   """
 
   def __init__(self, path):
@@ -116,7 +121,7 @@ class Gguf:
     Raises:
       config.ConfigError: the file is damaged or of another architecture.
     """
-    import gguf  # only runs that start from such a file need it
+    gguf = package('gguf')
     try:
       reader = gguf.GGUFReader(path)
       fields = {k: f.contents() for k, f in reader.fields.items()
@@ -146,14 +151,15 @@ class Gguf:
                 for ours, theirs in _GGUF_CONFIG.items()}
       values['vocab_size'] = self.shapes['model.embed_tokens.weight'][0]
     except KeyError as e:
-      raise config_lib.ConfigError(f'{path} has no {e}; it must say it') from e
+      raise config_lib.ConfigError(
+          f'{path} has no {e}; choose a complete file') from e
     heads = values['num_attention_heads']
     channels = get('attention.key_length', values['hidden_size'] // heads)
     scaling = get('rope.scaling.type', 'none')
     if scaling != 'none' or get('rope.dimension_count', channels) != channels:
       raise config_lib.ConfigError(
           f'{path} scales or shortens its rotary positions, which is not '
-          'supported for GGUF files; choose another')
+          'supported for GGUF files; choose another file')
     return values | {
         'model_type': self._kind, 'head_dim': channels,
         'num_key_value_heads': get('attention.head_count_kv', heads),

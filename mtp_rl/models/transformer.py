@@ -1,12 +1,11 @@
 """A pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-With `model.experts` the SwiGLU of all but the first `model.dense_layers` is a
-mixture of experts (`moe.py`).
+With `model.experts` the SwiGLU of all but the first `model.dense_layers` layers
+is a mixture of experts (`moe.py`).
 
-Everything above this room sees `params`, a plain nested dict with the top
-level keys 'embed', 'blocks' (layers stacked on axis 0), 'final_norm',
-'lm_head' (untied only) and 'mtp' (K > 0 only). The key-value cache is an
-argument and a result.
+Other packages see `params`, a plain nested dict with the top level keys
+'embed', 'blocks' (layers stacked on axis 0), 'final_norm', 'lm_head' (untied
+only) and 'mtp' (K > 0 only). The key-value cache is an argument and a result.
 """
 
 import functools
@@ -16,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mtp_rl import config as config_lib
 from mtp_rl import sharding
 from mtp_rl.models import attention, moe
 
@@ -23,7 +23,7 @@ from mtp_rl.models import attention, moe
 class Cache(NamedTuple):
   """Keys and values of all layers, float [L, B, N, T, C] each.
 
-  So ordered, a decoding step's matmuls read them where they lie.
+  In this order a decoding step's matmuls read them without a transpose.
   """
   key: jax.Array
   value: jax.Array
@@ -48,8 +48,8 @@ _narrow.defvjp(lambda x, kernel, out: (_product(x, kernel, out), (x, kernel)),
 def matmul(x, kernel, out=None):
   """Return x W, with the gradient of W in W's own dtype.
 
-  A narrow x (bfloat16) meets a float32 W cast to it; left to autodiff, dW
-  would be rounded to bfloat16 before it is summed over devices.
+  If x is bfloat16, a float32 W is cast to bfloat16 for the product; autodiff
+  would then round dW to bfloat16 before summing it over devices.
 
   Args:
     x: [N, D].
@@ -65,8 +65,8 @@ def matmul(x, kernel, out=None):
 class Linear(nn.Module):
   """y = x W + b, with the leading axes flattened to one before the matmul.
 
-  One [tokens, D] matmul runs 1.7 times as fast on CPU as [B, T, D] and is the
-  same elsewhere.
+  On CPU one [tokens, D] matmul is 1.7 times as fast as [B, T, D]; elsewhere it
+  makes no difference.
   """
   features: int
   use_bias: bool = False
@@ -100,7 +100,7 @@ def rope_angles(positions, channels, theta):
 
   Args:
     positions: int32 [B, T].
-    channels: C, those of a head that are turned (`rotary_channels`).
+    channels: C, channels of a head that RoPE turns; see `rotary_channels`.
     theta: base of the frequencies theta^(-2c / C).
   """
   frequency = theta ** (-jnp.arange(0, channels, 2, jnp.float32) / channels)
@@ -111,7 +111,7 @@ def rope_angles(positions, channels, theta):
 def rotate(x, cos, sin):
   """Apply RoPE to [B, T, heads, C], first half paired with second half.
 
-  Where the angles are for fewer channels, the rest passes as it is.
+  If the angles are for fewer channels, the others are returned unchanged.
   """
   turned = 2 * cos.shape[-1]
   a, b = jnp.split(x[..., :turned].astype(jnp.float32), 2, axis=-1)
@@ -125,9 +125,9 @@ def rotate(x, cos, sin):
 def rematerialised(module, policy):
   """Return the module class under a rematerialisation policy.
 
-  'none' keeps everything for the backward pass, 'dots' the results of weight
+  For the backward pass 'none' keeps everything, 'dots' the results of weight
   matmuls and of attention (fastest on CPU: 1.3 times 'none' at d 128, 4
-  layers), 'attention' the latter alone, 'block' nothing but the inputs.
+  layers), 'attention' the results of attention, 'block' the inputs alone.
   """
   if policy == 'none':
     return module
@@ -143,7 +143,7 @@ def rematerialised(module, policy):
 
 class Attention(nn.Module):
   """Causal grouped-query self-attention; see `Block` for the arguments."""
-  config: object  # config.Model
+  config: config_lib.Model
 
   @nn.compact
   def __call__(self, x, angles, rows, cache, layer, column):
@@ -182,7 +182,7 @@ class Block(nn.Module):
   `column` is where its new keys go. Called under `nn.scan`. A sparse block
   has `moe.Experts`, and the experts that all tokens share as its SwiGLU.
   """
-  config: object  # config.Model
+  config: config_lib.Model
   sparse: bool = False
 
   @nn.compact
@@ -207,9 +207,10 @@ class Block(nn.Module):
 class Stack(nn.Module):
   """n_layers blocks, scanned, their parameters stacked on axis 0.
 
-  'layers' holds them all, or those behind the first dense ones, 'dense'.
+  'layers' holds all of them; or, with experts, 'dense' holds the first
+  model.dense_layers and 'layers' the others.
   """
-  config: object  # config.Model
+  config: config_lib.Model
 
   @nn.compact
   def __call__(self, carry, angles, rows, column):
@@ -245,12 +246,12 @@ class Embedding(nn.Module):
     return sharding.constrain_batch(x)
 
 
-def head_channels(model_config):
+def head_channels(model_config: config_lib.Model):
   """Return C, the channels of one attention head."""
   return model_config.head_dim or model_config.d_model // model_config.n_heads
 
 
-def rotary_channels(model_config):
+def rotary_channels(model_config: config_lib.Model):
   """Return the channels of one head that RoPE turns."""
   return int(head_channels(model_config) * model_config.rotary)
 
@@ -270,7 +271,7 @@ def positions_of(segments):
   return jnp.maximum(count - jnp.maximum(start, 1), 0)
 
 
-def empty_cache(model_config, batch, length):
+def empty_cache(model_config: config_lib.Model, batch, length):
   """Return a zero `Cache` for `batch` rows of `length` columns."""
   shape = (model_config.n_layers, batch, model_config.n_kv_heads, length,
            head_channels(model_config))
@@ -279,12 +280,12 @@ def empty_cache(model_config, batch, length):
 
 
 def constrain_cache(x):
-  """Constrain keys or values [L, B, N, T, C]: rows, and heads over model."""
-  return sharding.constrain(x, None, sharding.BATCH, 'model', None, None)
+  """Split keys or values [L, B, N, T, C] by rows, and heads over 'tensor'."""
+  return sharding.constrain(x, None, sharding.BATCH, 'tensor', None, None)
 
 
 def head_matrix(params):
-  """Return the output head, float32 [D, V]: tied or its own."""
+  """Return the output head, float32 [D, V], tied to the embedding or not."""
   if 'lm_head' in params:
     return params['lm_head']['kernel']
   return params['embed']['embedding'].T

@@ -1,17 +1,16 @@
-"""Group-relative advantages, and DAPO's shaping of what they are made from."""
+"""Group-relative advantages, and DAPO's overlong penalty on the rewards."""
 
-import jax.numpy as jnp
 import numpy as np
 
 
-def overlong_penalty(lengths, longest, buffer, penalty):
-  """Return what a long completion loses: 0 down to -penalty.
+def overlong_penalty(lengths, max_response, buffer, penalty):
+  """Return the overlong penalty of each completion, from 0 down to -penalty.
 
   min(-(len - (L_max - L_buf)) / L_buf * p, 0), DAPO (Yu et al. 2025).
 
   Args:
     lengths: int [B], tokens of the completions.
-    longest: L_max, rollout.max_response.
+    max_response: L_max, rollout.max_response.
     buffer: L_buf, tokens before L_max over which the penalty grows; 0: off.
     penalty: p.
 
@@ -21,25 +20,26 @@ def overlong_penalty(lengths, longest, buffer, penalty):
   lengths = np.asarray(lengths)
   if not buffer:
     return np.zeros(lengths.shape, np.float32)
-  over = lengths - (longest - buffer)
+  over = lengths - (max_response - buffer)
   return np.minimum(-over / buffer * penalty, 0.).astype(np.float32)
 
 
 def varied_groups(rewards, group):
-  """Return whether a group's rewards differ, bool [P], from float [B]."""
+  """Return bool [P], whether a group's rewards differ; rewards: float [B]."""
   r = np.asarray(rewards).reshape(-1, group)
   return (r != r[:, :1]).any(1)
 
 
 def choose_groups(varied, wanted):
-  """Return which drawn groups make the batch: varied ones, in drawn order.
+  """Choose the groups of a batch: varied ones, in the order of drawing.
 
   Args:
-    varied: bool [N], N >= wanted groups in the order they were drawn.
+    varied: bool [N], N >= P groups in the order of drawing.
     wanted: P.
 
   Returns:
-    int [P]; where fewer than P are varied, the first uniform ones at the end.
+    int [P], indices of groups; if fewer than P are varied, the first groups
+    of equal rewards follow them.
   """
   varied = np.asarray(varied)
   order = np.argsort(~varied, kind='stable')
@@ -47,7 +47,7 @@ def choose_groups(varied, wanted):
 
 
 def group_advantages(rewards, group, kind):
-  """Return one advantage a completion, from the rewards of its group.
+  """Return each completion's advantage, from the rewards of its group.
 
   grpo:    A = (R - mean) / (std + 1e-6), std with ddof 1 (Shao et al. 2024);
            a group of one has A = R.
@@ -65,7 +65,7 @@ def group_advantages(rewards, group, kind):
   Raises:
     ValueError: kind is unknown, or rloo with a group of one.
   """
-  r = jnp.asarray(rewards, jnp.float32).reshape(-1, group)
+  r = np.asarray(rewards, np.float32).reshape(-1, group)
   if kind == 'rloo':
     if group < 2:
       raise ValueError('rloo needs rl.group >= 2')
@@ -77,5 +77,5 @@ def group_advantages(rewards, group, kind):
     return r.reshape(-1)
   centred = r - r.mean(1, keepdims=True)
   if kind == 'grpo':
-    centred = centred / (r.std(1, ddof=1, keepdims=True) + 1e-6)
+    centred = centred / (r.std(1, ddof=1, keepdims=True) + np.float32(1e-6))
   return centred.reshape(-1)

@@ -1,12 +1,14 @@
 """Log-probabilities of response tokens, from a chunked output head.
 
-Hidden state of column i predicts column i+1 for the main head and i+k+1 for
-the MTP head of depth k, so the states that predict the S response columns are
-static slices of [B, T, D]: this is the only place where that shift is made.
+The state in column i predicts column i+1 for the main head and i+k+1 for the
+MTP module of depth k, so the states that predict the S scored columns, which
+are the last of a row, are static slices of [B, T, D]. This is the only place
+where that shift is made.
 """
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -20,63 +22,64 @@ class LogProbs(NamedTuple):
 
   Attributes:
     main: log-probs of the main head (None where it was left out).
-    heads: log-probs of the MTP heads.
+    mtp: log-probs of the MTP modules.
     entropy: of the main head in nats (None where it was not asked for).
-    top1: True where an MTP head's argmax is the main head's (or None).
+    top1: bool, whether a module's argmax equals the main head's (or None).
     overlap: sum_v min(p, q_k), the acceptance of speculative sampling (None).
-    load: int32 [B, L, E], valid tokens of a row that took each expert of each
-      sparse layer of the trunk (None without experts).
+    load: int32 [B, L, E], how many valid tokens of a row were routed to each
+      expert, for each sparse layer of the trunk (None without experts).
   """
   main: jax.Array | None
-  heads: jax.Array
+  mtp: jax.Array
   entropy: jax.Array | None = None
   top1: jax.Array | None = None
   overlap: jax.Array | None = None
   load: jax.Array | None = None
 
 
-def response_states(hidden, depth, responses):
-  """Return the states that predict the last `responses` columns.
+def scored_states(hidden, depth, columns):
+  """Return the states that predict the last `columns` columns.
 
   Args:
     hidden: [B, T, D], states of depth k at every column.
     depth: k; 0 for the main head.
-    responses: S.
+    columns: S.
 
   Returns:
-    [B, S, D]. Column s holds position R + s - k - 1; where that lies before
-    the sequence, its own column 0 stands in and `head_mask` excludes it.
+    [B, S, D]. Column s holds position R + s - k - 1; where that is negative,
+    column 0 is used in its place and `mtp_mask` excludes the token.
   """
-  first = hidden.shape[1] - responses - depth - 1
+  first = hidden.shape[1] - columns - depth - 1
   if first >= 0:
-    return hidden[:, first:first + responses]
+    return hidden[:, first:first + columns]
   pad = jnp.repeat(hidden[:, :1], -first, axis=1)
-  return jnp.concatenate([pad, hidden[:, :responses + first]], axis=1)
+  return jnp.concatenate([pad, hidden[:, :columns + first]], axis=1)
 
 
-def head_mask(valid, responses, heads):
+def mtp_mask(attending, columns, modules):
   """Return bool [B, S, K]: tokens of these columns that depth k can predict.
 
-  The token in column t is read at column t-k-1, which must be of the same
-  sequence. With it the module has seen the embeddings up to column t-1 and no
-  later one, since attention is causal and stays in the sequence: what lies
-  behind its end (padding, or in a packed row the next sequence) reaches only
-  states that would predict beyond it, and those are left out here.
+  The token in column t is predicted from column t-k-1, which must belong to
+  the same sequence. There the module has seen the embeddings up to column t-1
+  and none later, since attention is causal and stays within the sequence.
+  Columns after the sequence's end (padding, or the next sequence of a packed
+  row) reach only states that would predict tokens beyond the end, and those
+  are excluded here.
 
   Args:
-    valid: bool [B, T], or int32 segments where rows are packed (then the
-      prompts' tokens count too: restrict the result to the responses).
-    responses: S.
-    heads: K.
+    attending: bool or int32 [B, T], see `types.Tokens`. In packed rows the
+      result includes prompt tokens; combine it with the response mask.
+    columns: S.
+    modules: K.
   """
-  length = valid.shape[1]
+  length = attending.shape[1]
   out = []
-  for k in range(1, heads + 1):
-    source = jnp.pad(valid, ((0, 0), (k + 1, 0)))[:, :length]
-    same = (valid > 0) & (source == valid)
-    out.append(same[:, length - responses:])
+  for k in range(1, modules + 1):
+    source = jnp.pad(attending, ((0, 0), (k + 1, 0)))[:, :length]
+    same = (attending > 0) & (source == attending)
+    out.append(same[:, length - columns:])
   if not out:
-    return jnp.zeros((valid.shape[0], responses, 0), bool)
+    return jnp.zeros((attending.shape[0], columns, 0), bool)
   return jnp.stack(out, axis=-1)
 
 
@@ -85,16 +88,16 @@ def _by_chunks(function, chunk, states, targets):
   s = targets.shape[1]
   if not chunk or chunk >= s:
     return function(states, targets)
-  pieces = -(-s // chunk)
+  chunks = -(-s // chunk)
 
-  def cut(x):  # [B, S, ...] -> [pieces, B, chunk, ...]
-    pad = ((0, 0), (0, pieces * chunk - s)) + ((0, 0),) * (x.ndim - 2)
-    x = jnp.pad(x, pad).reshape(x.shape[0], pieces, chunk, *x.shape[2:])
+  def cut(x):  # [B, S, ...] -> [chunks, B, chunk, ...]
+    pad = ((0, 0), (0, chunks * chunk - s)) + ((0, 0),) * (x.ndim - 2)
+    x = jnp.pad(x, pad).reshape(x.shape[0], chunks, chunk, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
   def paste(x):
     x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], pieces * chunk, *x.shape[3:])[:, :s]
+    return x.reshape(x.shape[0], chunks * chunk, *x.shape[3:])[:, :s]
 
   out = jax.lax.map(jax.checkpoint(lambda xs: function(*xs), prevent_cse=False),
                     (jax.tree.map(cut, states), cut(targets)))
@@ -102,7 +105,7 @@ def _by_chunks(function, chunk, states, targets):
 
 
 class _Vocabulary(NamedTuple):
-  """Log-softmax over columns of the head that may lie on several devices.
+  """Log-softmax over the vocabulary, which may be split over devices.
 
   Attributes:
     matrix: [D, V], or this device's columns of it.
@@ -146,7 +149,7 @@ class _Vocabulary(NamedTuple):
     return jax.lax.psum(jnp.where(here, x, 0.), self.axis)
 
   def argmax(self, x):
-    """Return the column of the largest x, the first of equals."""
+    """Return the column of the largest x; of equal ones, the first."""
     x = jax.lax.stop_gradient(x)
     best = jnp.argmax(x, -1) + self._first()
     if not self.axis:
@@ -160,20 +163,21 @@ class _Vocabulary(NamedTuple):
 def _on_mesh(function, states, matrix, targets):
   """Call function(states, matrix, targets, axis) on each device's rows.
 
-  The head is gathered over 'fsdp' once, before the chunks, and stays split
-  over 'model'; its gradient is summed over the devices once, after them.
-  Left to the compiler both would happen in every chunk.
+  The output head is gathered over 'fsdp' once, before the chunks, and stays
+  split over 'tensor'; its gradient is summed over the devices once, after the
+  chunks. The compiler alone would do both in every chunk.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or (
       targets.shape[0] % sharding.batch_size(mesh)):
     return function(states, matrix, targets, None)
-  axis = 'model' if (mesh.shape['model'] > 1
-                     and matrix.shape[1] % mesh.shape['model'] == 0) else None
+  axis = 'tensor' if (
+      mesh.shape['tensor'] > 1
+      and matrix.shape[1] % mesh.shape['tensor'] == 0) else None
   split = 'fsdp' if matrix.shape[0] % mesh.shape['fsdp'] == 0 else None
 
-  # A custom gradient cannot sum over devices by itself: what is the same on
-  # some of them is marked, and the sum is the mark's transpose.
+  # A custom gradient cannot sum over devices, so inputs that are equal on
+  # several devices are cast to 'varying': the transpose of the cast sums.
   vary = lambda x, axes: jax.lax.pcast(x, axes, to='varying') if axes else x
 
   def local(states, matrix, targets):
@@ -188,35 +192,39 @@ def _on_mesh(function, states, matrix, targets):
                        out_specs=rows)(states, matrix, targets)
 
 
-def token_logprobs(hidden, heads, matrix, tokens, responses, *, chunk=0,
+def token_logprobs(hidden, ahead, matrix, tokens, columns, *, chunk=0,
                    temperature=1., detach_head=False, entropy=False,
                    acceptance=False):
-  """Score the response tokens under the main head and every MTP head.
+  """Score the last S columns under the main head and every MTP module.
 
   Args:
     hidden: [B, T, D], the main head's states, or None to leave it out.
-    heads: K arrays [B, T, D].
+    ahead: K arrays [B, T, D], the modules' states.
     matrix: [D, V], the output head.
     tokens: int32 [B, T].
-    responses: S.
-    chunk: columns whose logits are alive at once; 0 for all.
-    temperature: of the sampling policy; divides the logits of every head.
-    detach_head: whether the MTP heads read the matrix without a gradient.
+    columns: S.
+    chunk: columns whose logits are in memory at once; 0: all.
+    temperature: of the sampling policy; divides the logits of the main head
+      and of the modules.
+    detach_head: whether to stop the modules' gradient to the matrix.
     entropy: whether to return the main head's entropy.
     acceptance: whether to return `top1` and `overlap`.
 
   Returns:
     `LogProbs`.
   """
-  states = tuple(response_states(h, k, responses)
-                 for k, h in enumerate((hidden, *heads)) if h is not None)
+  chex.assert_shape(tokens, (None, None))
+  chex.assert_shape([h for h in (hidden, *ahead) if h is not None],
+                    (*tokens.shape, matrix.shape[0]))
+  states = tuple(scored_states(h, k, columns)
+                 for k, h in enumerate((hidden, *ahead)) if h is not None)
   first = int(hidden is not None)
 
   def score(states, targets, v):
     stack = lambda xs: (jnp.stack(xs, -1) if xs else
                         jnp.zeros((*targets.shape, 0)))
-    ahead = [v.log_softmax(h, detach_head) for h in states[first:]]
-    out = LogProbs(None, stack([v.pick(q, targets) for q in ahead]))
+    foreseen = [v.log_softmax(h, detach_head) for h in states[first:]]
+    out = LogProbs(None, stack([v.pick(q, targets) for q in foreseen]))
     if hidden is None:
       return out
     main = v.log_softmax(states[0])
@@ -226,13 +234,13 @@ def token_logprobs(hidden, heads, matrix, tokens, responses, *, chunk=0,
     if acceptance:
       best = v.argmax(main)
       out = out._replace(
-          top1=stack([v.argmax(q) == best for q in ahead]),
+          top1=stack([v.argmax(q) == best for q in foreseen]),
           overlap=stack([v.sum(jnp.exp(jnp.minimum(main, q)))
-                         for q in ahead]))
+                         for q in foreseen]))
     return out
 
   def local(states, matrix, targets, axis):
     v = _Vocabulary(matrix, axis, temperature)
     return _by_chunks(lambda s, t: score(s, t, v), chunk, states, targets)
 
-  return _on_mesh(local, states, matrix, tokens[:, -responses:])
+  return _on_mesh(local, states, matrix, tokens[:, -columns:])

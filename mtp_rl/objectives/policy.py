@@ -6,19 +6,21 @@ arrays are [B, S] and float32, of the whole minibatch.
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from mtp_rl import masked
+from mtp_rl import config as config_lib
+from mtp_rl.objectives import masked
 
 
 class PolicyLoss(NamedTuple):
-  """A loss and what its clips did.
+  """A loss and its statistics, float32 [] each.
 
   Attributes:
-    loss: float32 [].
+    loss: to be minimised.
     clipfrac: fraction of tokens whose clip is active.
-    kl: mean of -d, the estimate of KL(pi_old || pi) on its own samples.
+    kl: mean of -d, an estimate of KL(pi_old || pi) on samples of pi_old.
   """
   loss: jax.Array
   clipfrac: jax.Array
@@ -34,8 +36,8 @@ def ppo(d, advantages, clip_low, clip_high, dual_clip):
   """Return the clipped surrogate of PPO and DAPO, and where a clip is active.
 
   L = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)); with dual_clip c > 0
-  and A < 0: min(L, -A c) (Ye et al. 2020), which bounds the loss where the
-  ratio of a bad token explodes.
+  and A < 0: min(L, -A c) (Ye et al. 2020), which bounds the loss of a token
+  with a negative advantage and a large ratio.
   """
   r = ratio(d)
   plain = -advantages * r
@@ -51,9 +53,9 @@ def ppo(d, advantages, clip_low, clip_high, dual_clip):
 def gspo(logprob, d, mask, advantages, clip_low, clip_high, segments=None):
   """Return GSPO's loss (Zheng et al. 2025) and where its clip is active.
 
-  s_t = exp(sg(mean_t d) + log pi - sg(log pi)), exponent capped at 10: the
-  value of the length-normalised sequence ratio, the gradient of each token.
-  The mean is over one sequence (`masked.Sequences.segments`).
+  s_t = exp(sg(mean_t d) + log pi - sg(log pi)), exponent capped at 10: its
+  value is the length-normalised ratio of the sequence, its gradient that of
+  the token. The mean is over one sequence (`masked.Sequences.segments`).
   """
   mean = masked.spread(masked.sequence_means(d, mask, segments)[0], segments)
   log_s = jax.lax.stop_gradient(mean - logprob) + logprob
@@ -70,13 +72,13 @@ def cispo(logprob, d, advantages, clip_low, clip_high):
   return (-jax.lax.stop_gradient(weight) * advantages * logprob, weight != r)
 
 
-def policy_loss(logprob, old, advantages, mask, rl, weights=None,
-                sequences=masked.ROWS):
-  """Return the RL loss of one head's log-probs (to be minimised: L = -J).
+def policy_loss(logprob, old, advantages, mask, rl: config_lib.RL,
+                weights=None, sequences=masked.ROWS):
+  """Return the policy loss of one predictor (to be minimised: L = -J).
 
   Args:
-    logprob: [B, S], differentiable.
-    old: [B, S], log-probs that the ratio is measured from.
+    logprob: [B, S] of the main head or of a module, differentiable.
+    old: [B, S], log-probs in the denominator of the ratio.
     advantages: [B, S].
     mask: bool [B, S].
     rl: `config.RL`: loss, clips and aggregation.
@@ -89,6 +91,8 @@ def policy_loss(logprob, old, advantages, mask, rl, weights=None,
   Raises:
     ValueError: rl.loss is unknown.
   """
+  chex.assert_rank(logprob, 2)
+  chex.assert_equal_shape([logprob, old, advantages, mask])
   d = jnp.where(mask, logprob - old, 0.)
   if rl.loss == 'ppo':
     loss, active = ppo(d, advantages, rl.clip_low, rl.clip_high, rl.dual_clip)
@@ -108,8 +112,8 @@ def policy_loss(logprob, old, advantages, mask, rl, weights=None,
 def importance_weights(old, sampler, cap):
   """Return min(pi_old / pi_sampler, cap), without gradient, [B, S].
 
-  Corrects the gap between the sampler's and the trainer's numbers (truncated
-  importance sampling, Yao et al. 2025).
+  They correct for differences between the sampler's and the trainer's
+  log-probs (truncated importance sampling, Yao et al. 2025).
   """
   return jax.lax.stop_gradient(jnp.minimum(ratio(old - sampler), cap))
 
@@ -133,7 +137,7 @@ def kl_penalty(logprob, reference, kind):
   raise ValueError(f'rl.kl_kind={kind!r} is none of k1, k2, k3')
 
 
-def rl_loss(logprob, entropy, batch, rl, longest=None):
+def rl_loss(logprob, entropy, batch, rl: config_lib.RL, max_response=None):
   """Return L_RL of the main head: surrogate + KL - entropy bonus.
 
   Args:
@@ -141,12 +145,13 @@ def rl_loss(logprob, entropy, batch, rl, longest=None):
     entropy: [B, S] or None where rl.entropy_coef is 0.
     batch: `types.RolloutBatch` of the whole minibatch.
     rl: `config.RL`.
-    longest: rollout.max_response; see `masked.Sequences`.
+    max_response: rollout.max_response; see `masked.Sequences`.
 
   Returns:
-    The scalar loss and a dict of metrics.
+    the loss, float32 [], and a dict of metrics, float32 [].
   """
-  sequences, weights = masked.Sequences(batch.segments, longest), None
+  sequences = masked.Sequences(batch.segments, max_response)
+  weights = None
   if rl.tis_cap:
     weights = importance_weights(batch.old_main, batch.sampler, rl.tis_cap)
   out = policy_loss(logprob, batch.old_main, batch.advantages, batch.mask, rl,

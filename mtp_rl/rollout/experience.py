@@ -1,162 +1,196 @@
-"""From prompts to a RolloutBatch: sample, reward, score, advantages."""
+"""From prompts to a `Rollout`: sample, reward, score, advantages."""
 
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from mtp_rl import distributed, types
+from mtp_rl import config as config_lib
+from mtp_rl import distributed, prng, types
 from mtp_rl.models import moe
 from mtp_rl.objectives import advantages as advantages_lib
 from mtp_rl.objectives import logprobs
 from mtp_rl.rollout import sampler
 
-_REDRAW = 2 ** 32  # prompts of redraw r are those of step + r * _REDRAW
+_REDRAW = 2 ** 32  # redraw r takes the prompts of step + r * _REDRAW
 
 
-class _Drawn(NamedTuple):
-  """Groups of one or more draws; rows are completions.
+class Actor(NamedTuple):
+  """What `collect` needs to make rollouts.
+
+  Attributes:
+    config: `config.Config`.
+    task: see `tasks.Task`.
+    place: function that moves parameters to the sampler's layout; from
+      `layout.make_place`.
+    generate: function from `sampler.make_generate`, rl.group samples per
+      prompt.
+    score: function (params, `types.Tokens`) -> `logprobs.LogProbs` of NumPy
+      arrays.
+    key: PRNG key of the stream; see `prng`.
+  """
+  config: config_lib.Config
+  task: Any
+  place: Callable
+  generate: Callable
+  score: Callable
+  key: jax.Array
+
+
+class Rollout(NamedTuple):
+  """The completions of one RL step: B rows, those of a prompt adjacent.
+
+  Attributes:
+    batch: `types.RolloutBatch` of NumPy arrays, the same in every process.
+    examples: list of B `types.Example`, the problem of each row.
+    rewards: float32 [B], without the overlong penalty.
+    metrics: dict of numbers.
+  """
+  batch: types.RolloutBatch
+  examples: list
+  rewards: np.ndarray
+  metrics: dict
+
+  def sample(self, row, tokenizer):
+    """Return a row as a dict: prompt, completion, answer, reward."""
+    example, columns = self.examples[row], self.batch.mask.shape[1]
+    return {'prompt': example.prompt,
+            'completion': tokenizer.decode(self.batch.tokens[row, -columns:]),
+            'answer': example.answer, 'reward': float(self.rewards[row])}
+
+
+class _Draw(NamedTuple):
+  """The completions (rows) of one draw, or of several draws concatenated.
 
   Attributes:
     tokens: int32 [B, T].
     valid: bool [B, T].
     sampled: float32 [B, S], log-probs as the sampler computed them.
-    rewards: float32 [B], raw.
-    rows: int32 [B], position in `examples`.
+    rewards: float32 [B], without the overlong penalty.
+    examples: object [B], the `types.Example` of each row.
+    costs: float64 [draws, 3], seconds to generate, seconds to reward, and
+      tokens generated.
   """
   tokens: np.ndarray
   valid: np.ndarray
   sampled: np.ndarray
   rewards: np.ndarray
-  rows: np.ndarray
+  examples: np.ndarray
+  costs: np.ndarray
 
 
-def _draw(params, step, redraw, *, task, config, generate, key, examples,
-          costs):
-  """Return one draw of P groups; appends its examples and costs."""
+def _draw(actor, placed, step, redraw):
+  """Return a `_Draw` of P groups; redraw 0 is the first draw of a step."""
   start = time.perf_counter()
-  g = config.rl.group
-  some = task.prompts(step + redraw * _REDRAW, config.rl.prompts)
+  config, task = actor.config, actor.task
+  asked = task.prompts(step + redraw * _REDRAW, config.rl.prompts)
   prompts, prompt_valid = sampler.pad_prompts(
-      [e.prompt for e in some], task.tokenizer, config.rollout.max_prompt)
-  key = jax.random.fold_in(key, step)
-  if redraw:
-    key = jax.random.fold_in(key, redraw)
-  tokens, sampled = distributed.fetch(
-      generate(params, prompts, prompt_valid, key))
+      [e.prompt for e in asked], task.tokenizer, config.rollout.max_prompt)
+  key = prng.fold(actor.key, *([step, redraw] if redraw else [step]))
+  rows, sampled = distributed.fetch(
+      actor.generate(placed, prompts, prompt_valid, key))
   generated = time.perf_counter()
-  response = tokens.tokens[:, -config.rollout.max_response:]
-  repeated = [e for e in some for _ in range(g)]
+  response = rows.tokens[:, -config.rollout.max_response:]
+  examples = [e for e in asked for _ in range(config.rl.group)]
   rewards = distributed.split(lambda mine: task.rewards(
-      repeated[mine], [task.tokenizer.decode(row) for row in response[mine]]),
-                              len(repeated)).astype(np.float32)
-  costs.append((generated - start, time.perf_counter() - generated,
-                tokens.valid[:, -config.rollout.max_response:].sum()))
-  rows = np.arange(len(repeated), dtype=np.int32) + len(examples)
-  examples += repeated
-  return _Drawn(tokens.tokens, tokens.valid, sampled, rewards, rows)
+      examples[mine], [task.tokenizer.decode(row) for row in response[mine]]),
+                              len(examples)).astype(np.float32)
+  made = rows.valid[:, -config.rollout.max_response:].sum()
+  costs = (generated - start, time.perf_counter() - generated, made)
+  column = np.empty(len(examples), object)
+  column[:] = examples
+  return _Draw(rows.tokens, rows.valid, sampled, rewards, column,
+               np.asarray([costs]))
 
 
-def _draw_batch(draw, config):
-  """Return P groups, redrawn for varied ones, and metrics of the drawing.
+def _draw_batch(actor, placed, step):
+  """Return a `_Draw` of P groups, varied ones if possible, and metrics.
 
-  DAPO's dynamic sampling (Yu et al. 2025): prompts are drawn again, at most
-  rl.dynamic_sampling times, until P groups have raw rewards that differ; where
-  they do not suffice, uniform groups fill the batch and are counted.
+  DAPO's dynamic sampling (Yu et al. 2025): further prompts are drawn, at most
+  rl.dynamic_sampling times, until P groups have raw rewards that differ. If
+  too few do, groups of equal rewards fill the batch; a metric counts them.
   """
-  g, wanted, most = (config.rl.group, config.rl.prompts,
-                     config.rl.dynamic_sampling)
-  drawn = draw(0)
-  if not most:
+  r = actor.config.rl
+  drawn = _draw(actor, placed, step, 0)
+  if not r.dynamic_sampling:
     return drawn, {}
   redraws = 0
-  varied = advantages_lib.varied_groups(drawn.rewards, g)
-  while varied.sum() < wanted and redraws < most:
+  varied = advantages_lib.varied_groups(drawn.rewards, r.group)
+  while varied.sum() < r.prompts and redraws < r.dynamic_sampling:
     redraws += 1
-    drawn = _Drawn(*map(np.concatenate, zip(drawn, draw(redraws))))
-    varied = advantages_lib.varied_groups(drawn.rewards, g)
-  chosen = advantages_lib.choose_groups(varied, wanted)
-  rows = (chosen[:, None] * g + np.arange(g)).reshape(-1)
-  return _Drawn(*(x[rows] for x in drawn)), {
-      'rollout/redraws': redraws,
-      'rollout/groups_dropped': len(varied) - wanted,
-      'rollout/groups_uniform': (~varied[chosen]).sum(),
-      'reward/drawn_mean': drawn.rewards.mean()}
+    more = _draw(actor, placed, step, redraws)
+    drawn = _Draw(*map(np.concatenate, zip(drawn, more)))
+    varied = advantages_lib.varied_groups(drawn.rewards, r.group)
+  chosen = advantages_lib.choose_groups(varied, r.prompts)
+  rows = (chosen[:, None] * r.group + np.arange(r.group)).reshape(-1)
+  metrics = {'rollout/redraws': redraws,
+             'rollout/groups_dropped': len(varied) - r.prompts,
+             'rollout/groups_uniform': (~varied[chosen]).sum(),
+             'reward/drawn_mean': drawn.rewards.mean()}
+  return _Draw(*(x[rows] for x in drawn[:-1]), drawn.costs), metrics
 
 
-def collect(params, reference_params, step, *, task, config, place, generate,
-            score, key):
-  """Return one rollout, ready for the updates, and what was seen.
+def collect(actor: Actor, params, reference_params, step):
+  """Return the `Rollout` of an RL step, ready for the updates.
 
   Args:
+    actor: `Actor`.
     params: the policy.
-    reference_params: of the KL penalty, or None.
-    step: RL step; the prompts and samples are functions of it and the seed.
-    task: see `tasks.Task`.
-    config: `config.Config`.
-    place: puts the parameters where the sampler reads them; see `layout`.
-    generate: see `evaluate.make_generate`.
-    score: (params, tokens, valid) -> `logprobs.LogProbs` of NumPy arrays.
-    key: PRNG key of the run.
-
-  Returns:
-    `types.RolloutBatch` of NumPy arrays, the same in every process; a dict of
-    metrics; and a function, row -> dict (prompt, completion, answer, reward).
+    reference_params: parameters of the KL penalty's reference, or None.
+    step: RL step; prompts and samples depend on it and the seed alone.
   """
-  g, s = config.rl.group, config.rollout.max_response
-  examples, costs = [], []
-  failed = task.counts()
+  config, task = actor.config, actor.task
+  failures = task.counts()
   start = time.perf_counter()
-  placed = place(params)
+  placed = actor.place(params)
   placing = time.perf_counter() - start
-  drawn, metrics = _draw_batch(
-      lambda redraw: _draw(
-          placed, step, redraw, task=task, config=config, generate=generate,
-          key=key, examples=examples, costs=costs), config)
-  # Of this step alone: a resumed run counts as an uninterrupted one does.
-  failed = distributed.total({f'reward/{name}': n - failed[name]
-                              for name, n in task.counts().items()})
-  placed = None  # frees the sampler's copy before anything else is computed
+  drawn, metrics = _draw_batch(actor, placed, step)
+  # Per-step counts, so resuming does not change them.
+  failures = distributed.total({f'reward/{name}': n - failures[name]
+                                for name, n in task.counts().items()})
+  placed = None  # free the sampler's copy before scoring
   start = time.perf_counter()
-
-  tokens = types.Tokens(drawn.tokens, drawn.valid)
-  old = score(params, *tokens)
-  reference = old.main
-  if reference_params is not None:
-    reference = score(reference_params, *tokens).main
-  mask = tokens.valid[:, -s:]
-  # Accuracy is of the raw rewards; what is learned from is shaped.
-  shaping = advantages_lib.overlong_penalty(
-      mask.sum(1), s, config.rl.overlong_buffer, config.rl.overlong_penalty)
+  batch, old, shaping = _batch(actor, params, reference_params, drawn)
   if config.rl.overlong_buffer:
     metrics['reward/overlong_mean'] = shaping.mean()
-  advantages = np.asarray(advantages_lib.group_advantages(
-      drawn.rewards + shaping, g, config.rl.advantage))
-  batch = types.RolloutBatch(
-      tokens.tokens, tokens.valid, mask,
-      np.broadcast_to(advantages[:, None], mask.shape).astype(np.float32),
-      old.main, old.heads, drawn.sampled, reference)
-  generating, rewarding, made = np.sum(costs, 0)
+  generating, rewarding, made = drawn.costs.sum(0)
   metrics |= {
       'timing_s/reshard': placing,
       'timing_s/rollout': generating,
       'timing_s/reward': rewarding,
       'timing_s/score': time.perf_counter() - start,
-      'rollout/tokens_per_s': made / generating, **failed,
-      **describe(batch, old, drawn.rewards, g, task.tokenizer.ends)}
-
-  def show(row):
-    example = examples[drawn.rows[row]]
-    return {'prompt': example.prompt,
-            'completion': task.tokenizer.decode(drawn.tokens[row, -s:]),
-            'answer': example.answer, 'reward': float(drawn.rewards[row])}
-
-  return batch, metrics, show
+      'rollout/tokens_per_s': made / generating, **failures,
+      **describe(batch, old, drawn.rewards, config.rl.group,
+                 task.tokenizer.ends)}
+  return Rollout(batch, list(drawn.examples), drawn.rewards, metrics)
 
 
-def describe(batch, old, rewards, group, ends):
-  """Return the metrics of a rollout.
+def _batch(actor, params, reference_params, drawn):
+  """Return a draw's `types.RolloutBatch`, old log-probs, overlong penalty."""
+  config = actor.config
+  rows = types.Tokens(drawn.tokens, drawn.valid)
+  old = actor.score(params, rows)
+  reference = old.main
+  if reference_params is not None:
+    reference = actor.score(reference_params, rows).main
+  mask = rows.valid[:, -config.rollout.max_response:]
+  # Metrics use the raw rewards, advantages the ones with the penalty.
+  shaping = advantages_lib.overlong_penalty(
+      mask.sum(1), config.rollout.max_response, config.rl.overlong_buffer,
+      config.rl.overlong_penalty)
+  advantages = advantages_lib.group_advantages(
+      drawn.rewards + shaping, config.rl.group, config.rl.advantage)
+  batch = types.RolloutBatch(
+      rows.tokens, rows.valid, mask,
+      np.broadcast_to(advantages[:, None], mask.shape).astype(np.float32),
+      old.main, old.mtp, drawn.sampled, reference)
+  return batch, old, shaping
+
+
+def describe(batch: types.RolloutBatch, old, rewards, group, ends):
+  """Return the metrics of a rollout, a dict of numbers.
 
   Args:
     batch: `types.RolloutBatch`.
@@ -174,7 +208,7 @@ def describe(batch, old, rewards, group, ends):
           rewards, group).mean(),
       'response_length/mean': length.mean(),
       'response_length/max': length.max(),
-      # The last column is an EOS, or the completion was cut off.
+      # A full row whose last token is no EOS was cut off.
       'response_length/clip_ratio': (
           full & ~np.isin(batch.tokens[:, -1], ends.eos)).mean(),
       'actor/entropy': (old.entropy * mask).sum() / tokens,
@@ -182,10 +216,10 @@ def describe(batch, old, rewards, group, ends):
           (old.main - batch.sampler) * mask).max()}
   if old.load is not None:
     out |= moe.balance(old.load)
-  heads = old.heads.shape[-1]
-  if heads:
-    seen = np.asarray(logprobs.head_mask(batch.valid, mask.shape[1], heads))
-    for k in range(heads):
+  modules = old.mtp.shape[-1]
+  if modules:
+    seen = np.asarray(logprobs.mtp_mask(batch.valid, mask.shape[1], modules))
+    for k in range(modules):
       count = max(seen[..., k].sum(), 1)
       mean = lambda x: (x[..., k] * seen[..., k]).sum() / count
       out[f'mtp_{k + 1}/accept_top1'] = mean(old.top1)

@@ -1,11 +1,11 @@
-"""Where the parameters lie while the model samples.
+"""How the parameters are sharded while the model samples.
 
-Training splits parameters over 'fsdp': each use gathers them, which pays over
-millions of tokens and not over the one token a row that a decoding step adds.
-With rollout.model (or rollout.expert) set, the same devices form another
-mesh for sampling, `data` x `model` x `expert`, on which a copy of the
-parameters in the model's dtype lies ready; `make_place` moves it there, once a
-rollout. Without, sampling uses the training layout and nothing is moved.
+Training shards parameters over 'fsdp' and gathers them at each use. That is
+cheap beside the millions of tokens of an update, but not beside the one token
+a row of a decoding step. With rollout.tensor (or rollout.expert) set, the same
+devices form a second mesh for sampling, `data` x `tensor` x `expert`, and once
+a rollout `make_place` copies the parameters there, in the model's dtype.
+Otherwise sampling uses the training layout and nothing is moved.
 """
 
 import dataclasses
@@ -16,24 +16,25 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mtp_rl import config as config_lib
 from mtp_rl import sharding
 from mtp_rl import tree as tree_lib
 
 
-def sampling_config(config):
-  """Return the `config.Config` whose mesh is the one that samples."""
+def sampling_config(config: config_lib.Config):
+  """Return the `config.Config` whose mesh is that of sampling."""
   r, m = config.rollout, config.mesh
-  if not (r.model or r.expert):
+  if not (r.tensor or r.expert):
     return config
-  model, expert = r.model or 1, r.expert or 1
-  devices = m.data * m.fsdp * m.model * m.expert
-  mesh = dataclasses.replace(m, data=devices // (model * expert), fsdp=1,
-                             model=model, expert=expert)
+  tensor, expert = r.tensor or 1, r.expert or 1
+  devices = m.data * m.fsdp * m.tensor * m.expert
+  mesh = dataclasses.replace(m, data=devices // (tensor * expert), fsdp=1,
+                             tensor=tensor, expert=expert)
   return dataclasses.replace(config, mesh=mesh)
 
 
-def sampling_mesh(config, mesh):
-  """Return the mesh that samples: the devices of `mesh`, in their order."""
+def sampling_mesh(config: config_lib.Config, mesh):
+  """Return the mesh of sampling: the devices of `mesh`, in their order."""
   wanted = sampling_config(config).mesh
   shape = tuple(getattr(wanted, axis) for axis in sharding.AXES)
   if shape == tuple(mesh.shape[axis] for axis in sharding.AXES):
@@ -44,13 +45,13 @@ def sampling_mesh(config, mesh):
 
 
 def _dtype(path, x, dtype):
-  """Return the dtype that the model uses a parameter in."""
+  """Return the dtype in which the model uses a parameter."""
   cast = path.endswith(('kernel', 'embedding', 'bias')) and (
       '/router/' not in path)
   return jnp.dtype(dtype) if cast else x.dtype
 
 
-def abstract(params, config, mesh):
+def abstract(params, config: config_lib.Config, mesh):
   """Return the parameters as the sampler reads them, as ShapeDtypeStructs.
 
   Args:
@@ -68,11 +69,12 @@ def abstract(params, config, mesh):
           sharding=s), params, places)
 
 
-def mover(params, config, mesh):
-  """Return the jitted function params -> params as `abstract` says, or None.
+def mover(params, config: config_lib.Config, mesh):
+  """Return the jitted params -> params in the layout of `abstract`, or None.
 
-  None stands for the training layout itself. The MTP modules go along, though
-  the sampler does not read them: they are small, and one tree is simpler.
+  None means that sampling uses the training layout. The MTP modules are moved
+  as well, though the sampler does not read them: they are small, and moving
+  the whole tree is simpler.
 
   Args:
     params: parameters of the training layout, abstract.
@@ -85,7 +87,7 @@ def mover(params, config, mesh):
   everywhere = NamedSharding(mesh, P())
 
   def move(x, t):
-    # Gathered and cut again: the partitioner knows no shorter way.
+    # Gather, then split again: the partitioner finds no shorter way.
     whole = jax.lax.with_sharding_constraint(x.astype(t.dtype), everywhere)
     return jax.lax.with_sharding_constraint(whole, t.sharding)
 
@@ -94,15 +96,15 @@ def mover(params, config, mesh):
       return move(x, t)
     spec = NamedSharding(t.sharding.mesh, P(*t.sharding.spec[1:]))
     layer = jax.ShapeDtypeStruct(t.shape[1:], t.dtype, sharding=spec)
-    return jax.lax.map(lambda y: move(y, layer), x)  # one layer whole at once
+    return jax.lax.map(lambda y: move(y, layer), x)  # one layer at a time
 
   return jax.jit(
       lambda params: jax.tree_util.tree_map_with_path(by_layers, params, to),
       out_shardings=jax.tree.map(lambda x: x.sharding, to))
 
 
-def make_place(params, config, mesh):
-  """Return the function that moves parameters, and waits; see `mover`."""
+def make_place(params, config: config_lib.Config, mesh):
+  """Return the function params -> params of `mover`; it waits for the move."""
   move = mover(params, config, mesh)
   if move is None:
     return lambda params: params

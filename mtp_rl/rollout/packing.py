@@ -1,28 +1,30 @@
-"""Several completions of a minibatch in one row, so that less is padding.
+"""Packs several completions into one row, to spend less on padding.
 
 A rollout's rows are prompts padded to R and completions padded to S columns.
-For the update the sequences (a prompt and its completion, without padding)
-move into as few rows of the same T = R + S columns as first-fit decreasing
-finds. `types.RolloutBatch` says what a packed row looks like; losses, lambda
-and gradients are those of the rows as they were, but for the order of sums.
+For the update, first-fit decreasing places the sequences (a prompt and its
+completion, without padding) in few rows of the same T = R + S columns.
+`types.RolloutBatch` says what a packed row looks like. Losses, lambda and
+gradients equal those of the unpacked rows, up to the order of sums.
 """
 
 import numpy as np
 
+from mtp_rl import config as config_lib
 from mtp_rl import sharding, types
 
-_SIZES = 8  # numbers of rows that are compiled for, at most
+_SIZES = 8  # different row counts to compile for, at most
 
 
 def place(lengths, columns):
-  """Return a row and a first column of each sequence: first-fit decreasing.
+  """Place sequences in rows by first-fit decreasing.
 
   Args:
-    lengths: int [N], none longer than a row.
+    lengths: int [N], tokens of each sequence, at most `columns`.
     columns: T.
 
   Returns:
-    int [N] rows, int [N] columns and int [N] segments: its number in the row.
+    int [N] each: a sequence's row, its first column, and its segment, which
+    counts from 1 within the row.
   """
   count = len(lengths)
   rows, first, segments = np.zeros((3, count), np.int64)
@@ -36,14 +38,14 @@ def place(lengths, columns):
 
 
 def row_count(needed, most, unit):
-  """Return `needed` rounded up to one of at most `_SIZES` numbers of rows.
+  """Return `needed` rounded up to one of at most `_SIZES` row counts.
 
-  Each number is compiled for once, when it is first met.
+  Each count is a new shape, compiled once when it first occurs.
 
   Args:
     needed: rows that hold a sequence, at most `most`.
     most: B, a multiple of `unit`.
-    unit: what a number of rows must be a multiple of.
+    unit: every count is a multiple of it.
   """
   step = -(-most // (_SIZES * unit)) * unit
   return min(-(-needed // step) * step, most)
@@ -53,8 +55,8 @@ def pack(batch, unit=1):
   """Return a `types.RolloutBatch` of packed rows, NumPy arrays.
 
   Args:
-    batch: `types.RolloutBatch` with one completion a row; no prompt is empty,
-      so the token before a completion is of its own sequence.
+    batch: `types.RolloutBatch` with one completion a row and no empty prompt
+      (so the token before a completion belongs to the same sequence).
     unit: see `row_count`.
   """
   valid = np.asarray(batch.valid)
@@ -68,18 +70,18 @@ def pack(batch, unit=1):
 
   def move(x):
     x = np.asarray(x)
-    before = columns - x.shape[1]  # none, or those of the prompt
+    before = columns - x.shape[1]  # prompt columns that x lacks, or 0
     x = np.pad(x, ((0, 0), (before, 0)) + ((0, 0),) * (x.ndim - 2))
     out = np.zeros((count, columns, *x.shape[2:]), x.dtype)
     out[to] = x[valid]
     return out
 
   which = np.broadcast_to(segments[:, None], valid.shape).astype(np.int32)
-  return types.RolloutBatch(*map(move, batch._replace(valid=which)))
+  return types.RolloutBatch(*map(move, batch._replace(segments=which)))
 
 
-def for_update(batch, config):
-  """Return a minibatch as `rl.pack` wants it, and metrics.
+def for_update(batch, config: config_lib.Config):
+  """Return a minibatch, packed if rl.pack is set, and a dict of metrics.
 
   Args:
     batch: `types.RolloutBatch` with one completion a row.

@@ -1,4 +1,4 @@
-"""Sampling completions: one jitted prefill and while_loop.
+"""Sampling completions: prefill and a while_loop, jitted as one function.
 
 Prompts are left-padded, so every row writes its next token in the same
 column; the loop stops when all rows are done or the columns are full.
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_rl import config as config_lib
-from mtp_rl import types
-from mtp_rl.models import mtp, transformer
+from mtp_rl import distributed, forward, prng, sharding, types
+from mtp_rl.models import transformer
+from mtp_rl.rollout import layout
 
 
 class SamplingState(NamedTuple):
@@ -26,7 +27,7 @@ class SamplingState(NamedTuple):
     logprobs: float32 [B, S], of the sampled tokens.
     logits: float32 [B, V], of the next token.
     done: bool [B], rows that have ended.
-    cache: keys and values.
+    cache: `transformer.Cache` of B rows and T columns.
     key: the PRNG key.
   """
   step: jax.Array
@@ -62,20 +63,20 @@ def restrict(logits, top_k, top_p):
   return logits
 
 
-def _decode(params, config, vocab_size, tokens, positions, valid, cache,
+def _decode(params, config: config_lib.Config, tokens, positions, valid, cache,
             column):
-  """Return float32 [B, V] logits behind `tokens`, and the longer cache."""
-  net = mtp.Decoder(config.model, config.mtp, vocab_size)
-  h, cache = net.apply({'params': params}, tokens, positions, valid, cache,
-                       column, method='decode')
+  """Return logits after `tokens`, float32 [B, V], and the extended cache."""
+  h, cache = forward.network(config).apply(
+      {'params': params}, tokens, positions, valid, cache, column,
+      method='decode')
   logits = jnp.matmul(
       h[:, -1], transformer.head_matrix(params).astype(h.dtype),
       preferred_element_type=jnp.float32)
   return logits, cache
 
 
-def prefill(params, prompts, prompt_valid, key, *, config, vocab_size, ends,
-            group=1):
+def prefill(params, prompts, prompt_valid, key, *, config: config_lib.Config,
+            ends, group=1):
   """Read every prompt once and return the `SamplingState` of its samples.
 
   The arguments are those of `generate`.
@@ -85,8 +86,7 @@ def prefill(params, prompts, prompt_valid, key, *, config, vocab_size, ends,
   cache = transformer.empty_cache(config.model, count, r + s)
   pad = jnp.zeros((count, s), bool)
   logits, cache = _decode(
-      params, config, vocab_size, prompts,
-      transformer.positions_of(prompt_valid),
+      params, config, prompts, transformer.positions_of(prompt_valid),
       jnp.concatenate([prompt_valid, pad], 1), cache, None)
   # The prompt's cache is copied to its G samples.
   spread = functools.partial(jnp.repeat, repeats=group, axis=0)
@@ -101,7 +101,7 @@ def prefill(params, prompts, prompt_valid, key, *, config, vocab_size, ends,
           jnp.repeat(c, group, axis=1)), cache))
 
 
-def extend(params, state, *, config, vocab_size, ends, greedy=False):
+def extend(params, state, *, config: config_lib.Config, ends, greedy=False):
   """Return the `SamplingState` with one more token in every row.
 
   The arguments are those of `generate`.
@@ -112,7 +112,7 @@ def extend(params, state, *, config, vocab_size, ends, greedy=False):
     token = jnp.argmax(state.logits, -1)
   else:
     token = jax.random.categorical(
-        jax.random.fold_in(state.key, state.step),
+        prng.fold(state.key, state.step),
         restrict(logp, config.rollout.top_k, config.rollout.top_p))
   chosen = jnp.take_along_axis(logp, token[:, None], 1)[:, 0]
   alive = ~state.done
@@ -121,18 +121,18 @@ def extend(params, state, *, config, vocab_size, ends, greedy=False):
       x, y[:, None].astype(x.dtype), (0, at))
   tokens = put(state.tokens, token, column)
   valid = put(state.valid, alive, column)
-  # A row's next position is the number of its valid tokens less one.
+  # The new token's position: the row's number of valid tokens minus one.
   positions = jnp.sum(valid, 1, keepdims=True).astype(jnp.int32) - 1
-  logits, cache = _decode(params, config, vocab_size, token[:, None],
-                          positions, valid, state.cache, column)
+  logits, cache = _decode(params, config, token[:, None], positions, valid,
+                          state.cache, column)
   return SamplingState(
       state.step + 1, tokens, valid,
       put(state.logprobs, jnp.where(alive, chosen, 0.), state.step), logits,
       state.done | jnp.isin(token, jnp.asarray(ends.eos)), cache, state.key)
 
 
-def generate(params, prompts, prompt_valid, key, *, config, vocab_size, ends,
-             group=1, greedy=False):
+def generate(params, prompts, prompt_valid, key, *, config: config_lib.Config,
+             ends, group=1, greedy=False):
   """Sample `group` completions of every prompt.
 
   Args:
@@ -140,10 +140,9 @@ def generate(params, prompts, prompt_valid, key, *, config, vocab_size, ends,
     prompts: int32 [P, R], left-padded.
     prompt_valid: bool [P, R].
     key: PRNG key.
-    config: `config.Config` (static).
-    vocab_size: V.
+    config: `config.Config` (static), its vocabulary resolved.
     ends: `tokenizers.Ends` (static).
-    group: G, samples a prompt.
+    group: G, samples per prompt.
     greedy: take the most likely token instead of sampling.
 
   Returns:
@@ -151,7 +150,7 @@ def generate(params, prompts, prompt_valid, key, *, config, vocab_size, ends,
     sampled tokens' log-probs under the tempered, unrestricted distribution,
     float32 [B, S], 0 after a row's end.
   """
-  fixed = dict(config=config, vocab_size=vocab_size, ends=ends)
+  fixed = dict(config=config, ends=ends)
   state = prefill(params, prompts, prompt_valid, key, group=group, **fixed)
 
   def unfinished(state):
@@ -160,6 +159,42 @@ def generate(params, prompts, prompt_valid, key, *, config, vocab_size, ends,
   step = functools.partial(extend, params, greedy=greedy, **fixed)
   state = jax.lax.while_loop(unfinished, step, state)
   return types.Tokens(state.tokens, state.valid), state.logprobs
+
+
+def make_generate(config: config_lib.Config, mesh, abstract, ends, group,
+                  greedy=False):
+  """Return the jitted (params, prompts, valid, key) -> Tokens, log-probs.
+
+  Prompts are NumPy arrays, the same in every process, or device arrays.
+
+  Args:
+    config: `config.Config`, its vocabulary resolved.
+    mesh: the device mesh of training.
+    abstract: parameters in the training layout, ShapeDtypeStructs with
+      shardings. Those passed to the function must be in the layout that
+      `layout.make_place` gives.
+    ends: `tokenizers.Ends`.
+    group: G, samples per prompt.
+    greedy: take the most likely token instead of sampling.
+  """
+  shardings = jax.tree.map(lambda x: x.sharding,
+                           layout.abstract(abstract, config, mesh))
+  mesh, trained = layout.sampling_mesh(config, mesh), mesh
+  rows = sharding.batch_sharding(mesh)
+  jitted = jax.jit(
+      functools.partial(generate, config=config, ends=ends, group=group,
+                        greedy=greedy),
+      in_shardings=(shardings, rows, rows, None), out_shardings=(rows, rows))
+
+  def run(params, prompts, valid, key):
+    if mesh is not trained:  # a key is bound to the mesh it was made on
+      key = np.asarray(jax.random.key_data(key))
+    with jax.set_mesh(mesh):
+      if mesh is not trained:
+        key = jax.random.wrap_key_data(key)
+      return jitted(params, *distributed.put((prompts, valid), rows), key)
+
+  return run
 
 
 def pad_prompts(prompts, tokenizer, length):
@@ -184,7 +219,7 @@ def pad_prompts(prompts, tokenizer, length):
 
 
 def check_prompt(text, count, length):
-  """Raise config.ConfigError where a prompt of `count` tokens does not fit."""
+  """Raise config.ConfigError if a prompt has 0 or more than `length` tokens."""
   if not count:
     raise config_lib.ConfigError('the task gave an empty prompt')
   if count > length:
@@ -195,6 +230,12 @@ def check_prompt(text, count, length):
 
 def pad_supervised(examples, tokenizer, prompt_length, response_length):
   """Return `types.Tokens` (NumPy) of prompts and solutions, EOS appended.
+
+  Args:
+    examples: list of B `types.Example` with solutions.
+    tokenizer: see `tokenizers`.
+    prompt_length: R.
+    response_length: S.
 
   Raises:
     config.ConfigError: a prompt or solution does not fit.

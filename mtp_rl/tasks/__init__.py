@@ -1,9 +1,9 @@
 """Tasks: prompts and verifiers. To add one, write a module and name it here.
 
-A task is any object with the members of `Task`. `prompts(step, count)` is a
-function of the seed and its arguments alone, so a resumed run needs one
-integer. Model output is untrusted text: a verifier never evaluates it in
-this process (see workers.py).
+A task is any object with the members of `Task`. `prompts(step, count)` depends
+only on the seed and its arguments, so a resumed run needs the step alone.
+Model output is untrusted text: a verifier never evaluates it in this process
+(see workers.py).
 """
 
 import importlib
@@ -13,7 +13,7 @@ from mtp_rl import config as config_lib
 from mtp_rl import tokenizers, types
 
 MODULES = {'arithmetic': 'mtp_rl.tasks.arithmetic',
-           'math': 'mtp_rl.tasks.math',
+           'math': 'mtp_rl.tasks.real_math',
            'path_finding': 'mtp_rl.tasks.path_finding',
            'reasoning_gym': 'mtp_rl.tasks.reasoning_gym',
            'subset_sum': 'mtp_rl.tasks.subset_sum',
@@ -21,10 +21,10 @@ MODULES = {'arithmetic': 'mtp_rl.tasks.arithmetic',
 
 
 class Task(Protocol):
-  """What the trainer asks of a task.
+  """The interface of a task.
 
-  Two members more where a task has need of them: `fit(max_prompt)` leaves out
-  prompts of more tokens, `report` is a dict on its data for the workdir.
+  A task may have two more members: `fit(max_prompt)`, which drops prompts of
+  more tokens, and `report`, a dict about its data that the workdir keeps.
   """
 
   tokenizer: tokenizers.CharTokenizer | tokenizers.SubwordTokenizer
@@ -49,13 +49,13 @@ class Task(Protocol):
     """Return the answer that a completion gives, for majority votes."""
 
   def counts(self) -> dict[str, int]:
-    """Return what went wrong in the verifier so far, by name."""
+    """Return the verifier's failures so far, {name: count}."""
 
   def close(self) -> None:
     """End the verifier's processes, if it has any."""
 
 
-def make(config):
+def make(config: config_lib.Config):
   """Return the task of a config.
 
   Args:

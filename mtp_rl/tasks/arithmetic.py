@@ -1,12 +1,12 @@
-"""Running sums modulo 10, with written-out working and known headroom.
+"""Running sums modulo 10, with written-out working and known errors.
 
     prompt    385102=      solution   316779      answer   9
 
 The solution writes the sum after each digit; only the last one is checked.
-A solution is a chain of facts (running sum, digit) -> running sum, 100 in
-all. In the warm-up, `noisy_facts` of them are written wrong with probability
-`noise` (always the same wrong sum, and the working goes on from it): what
-the warm-up teaches wrong is known, and RL has exactly that to repair.
+A solution is a chain of facts (running sum, digit) -> running sum, of which
+there are 100. In the warm-up, `noisy_facts` of them are written wrong with
+probability `noise` (always the same wrong sum, and the working continues from
+it). So it is known what the warm-up teaches wrong and RL has to correct.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from mtp_rl import types
 from mtp_rl.tasks import generated
 
 BASE = 10
-_FACTS = generated.PROBE  # a stream of its own: probe() draws nothing here
+_FACTS = generated.PROBE  # this stream is free: probe() draws nothing here
 
 
-def make(task_config, seed):
+def make(task_config: config_lib.Task, seed):
   """Return the `Arithmetic` task of a `config.Task`."""
   return Arithmetic(task_config, seed)
 
@@ -27,7 +27,7 @@ def make(task_config, seed):
 class Arithmetic(generated.Generated):
   """See the module's text; members as in `tasks.Task`."""
 
-  def __init__(self, task_config, seed):
+  def __init__(self, task_config: config_lib.Task, seed):
     t = task_config
     if not 2 <= t.min_terms <= t.max_terms:
       raise config_lib.ConfigError(
@@ -46,12 +46,12 @@ class Arithmetic(generated.Generated):
                    for f, d in zip(noisy.tolist(), shifts.tolist())}
 
   def draw(self, rng):
-    """Return one problem with its noiseless working."""
+    """Return one problem with its correct working."""
     terms = rng.integers(self._config.min_terms, self._config.max_terms + 1)
     return _example(''.join(map(str, rng.integers(0, BASE, terms))))
 
   def teach(self, example, rng):
-    """Return the example with its noisy facts written wrong by chance."""
+    """Return the example, its noisy facts written wrong with chance `noise`."""
     def slip(fact, total):
       noisy = fact in self._wrong and rng.random() < self._config.noise
       return self._wrong[fact] if noisy else total
@@ -73,7 +73,7 @@ class Arithmetic(generated.Generated):
 
 
 def _work(digits, slip=lambda fact, total: total):
-  """Return the running sums; `slip` may write the sum of a fact otherwise."""
+  """Return the running sums as text; `slip` may change the sum of a fact."""
   total, out = int(digits[0]), digits[0]
   for digit in map(int, digits[1:]):
     total = slip((total, digit), (total + digit) % BASE)

@@ -1,17 +1,17 @@
 """Math problem sets as TFDS builders, prepared and read without TensorFlow.
 
 A set is one file in a folder, NAME.jsonl or NAME.parquet, of rows with
-`problem` and `answer` (texts; the answer without `$` or box) and, where there
-are, `id`, `overlaps` (evaluation sets that have the same problem) and
+`problem` and `answer` (texts; the answer without `$` or box) and optionally
+`id`, `overlaps` (evaluation sets that have the same problem) and
 `conflicting_answers`. It is prepared once as array_record into a cache keyed
-by the file's SHA-256, rows in the file's order; rows that cannot be used are
-named by line and reason in the prepared set's metadata.
+by the file's SHA-256, with rows in the file's order. The metadata of the
+prepared set lists the rows that cannot be used, with line and reason.
 
-`SETS` gives the public origin of each set and the number of its rows. The
-checksums are of *processed copies* (one JSON object a line in the fields
-above, made from the named files), not of the files at the origin, so nothing
-is downloaded here. Other files under these names are read too, and reported as
-`unlisted`.
+`SETS` gives the public origin of each set and its number of rows. The checksums
+are those of *processed copies* (one JSON object per line with these fields,
+made from the named files), not of the files at the origin, so nothing is
+downloaded here. Other files under these names are read as well, and reported
+as `unlisted`.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ _QWEN = 'QwenLM/Qwen2.5-Math @ a45202bd16f1ec06f433442dc1152d0074773465 : '
 
 
 class Source(NamedTuple):
-  """What is known of a set.
+  """What is known about a set.
 
   Attributes:
     rows: of the processed copy.
     sha256: of the processed copy.
-    origin: public repository @ commit : path of what it was made from.
+    origin: public repository @ commit : path of the file it was made from.
   """
   rows: int
   sha256: str
@@ -138,16 +138,16 @@ class Prepared(NamedTuple):
 
 
 def find(name, data_dir):
-  """Return the path of a set's file in a folder, or None."""
+  """Return the path of a set's file in a folder, None if there is none."""
   paths = [os.path.join(data_dir, name + end) for end in ('.jsonl', '.parquet')]
   return next((p for p in paths if data_dir and os.path.isfile(p)), None)
 
 
 def load(name, data_dir, cache_dir=''):
-  """Return the `Prepared` set of a name, preparing it when it is new.
+  """Return the `Prepared` set of a name, preparing it if it is new.
 
   Args:
-    name: of the file; see `SETS` for the known ones.
+    name: of the set, as in `SETS`, or any other.
     data_dir: folder with NAME.jsonl or NAME.parquet.
     cache_dir: of prepared sets; '': ~/.cache/mtp_rl (XDG_CACHE_HOME).
 
@@ -173,7 +173,7 @@ def load(name, data_dir, cache_dir=''):
   if not builder.is_prepared():
     builder.source = _usable(path)
   try:
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints its progress
       builder.download_and_prepare()
   except OSError as e:
     if not builder.is_prepared():  # else another process was faster
@@ -191,7 +191,7 @@ def load(name, data_dir, cache_dir=''):
 
 
 def _usable(path):
-  """Return what `read` does; raises config.ConfigError where it has no row."""
+  """Return what `read` does; raise config.ConfigError if there is no row."""
   try:
     rows, rejected = read(path)
   except (OSError, ValueError) as e:
@@ -221,7 +221,7 @@ def parse(line, values):
       value = str(value)
     if not isinstance(value, str) or not value.strip():
       raise ValueError(f'{name} is missing or empty')
-    value.encode()  # lone surrogates raise a ValueError of their own
+    value.encode()  # raises a ValueError on lone surrogates
     texts[name] = value.strip()
   overlaps = values.get('overlaps')
   overlaps = [] if overlaps is None else overlaps
@@ -251,7 +251,7 @@ def read(path):
 
 
 def _lines(path):
-  """Yield one function a row that decodes it (None: a blank line)."""
+  """Yield a function per row that decodes it (to None if it is blank)."""
   if path.endswith('.jsonl'):
     with open(path, 'rb') as f:
       for text in f:
@@ -272,7 +272,7 @@ def _lines(path):
 def _builder():
   """Return the builder's class; TFDS is slow to import and often not used."""
   import numpy as np
-  import tensorflow_datasets as tfds
+  tfds = config_lib.optional('tensorflow_datasets', 'a math set', 'math')
   tfds.disable_progress_bar()
 
   class MathSet(tfds.core.GeneratorBasedBuilder):

@@ -1,4 +1,4 @@
-"""What tasks drawn at random share: streams, the split, the empty chores."""
+"""Base of tasks whose problems are drawn at random: streams and the split."""
 
 import zlib
 
@@ -16,10 +16,10 @@ def is_held_out(prompt):
 
 
 class Generated:
-  """Members of `tasks.Task`, but for what a subclass adds.
+  """The members of `tasks.Task` that such tasks share.
 
-  A subclass gives `draw(rng)`, a `types.Example` with its solution, and
-  `score(example, answer)`, the reward of what `extract` returns.
+  A subclass defines `draw(rng)`, which returns a `types.Example` with its
+  solution, and `score(example, answer)`, the reward of what `extract` returns.
   """
 
   def __init__(self, name, characters, seed, held_out):
@@ -27,14 +27,14 @@ class Generated:
 
     Args:
       name: of the held-out set.
-      characters: all that prompts and solutions are written in.
+      characters: the characters of prompts and solutions.
       seed: int.
       held_out: problems to set apart; fewer where the task has fewer.
     """
     self.tokenizer = tokenizers.CharTokenizer(characters)
     self._name, self._seed = name, seed
     rng, test = self._rng(TEST, 0), {}
-    # A task with few prompts runs out of new ones: the number of draws ends.
+    # The draws are capped, since small tasks run out of new prompts.
     for _ in range(8 * HELD_OUT_SHARE * held_out):
       if len(test) == held_out:
         break
@@ -63,7 +63,7 @@ class Generated:
     return self._batch(TRAIN, step, count)
 
   def supervised(self, step, count):
-    """Return training problems with solutions, of a stream of their own."""
+    """Return training problems with solutions, from a separate stream."""
     return self._batch(SUPERVISED, step, count, self.teach)
 
   def teach(self, example, rng):
@@ -89,8 +89,8 @@ class Generated:
             for e, c in zip(examples, completions, strict=True)]
 
   def counts(self):
-    """Return {}: nothing can go wrong here."""
+    """Return {}: this verifier cannot fail."""
     return {}
 
   def close(self):
-    """There is no process to end."""
+    """Do nothing: there is no process to end."""

@@ -1,4 +1,4 @@
-"""Paths in star graphs: the first step needs the whole path.
+"""Paths in star graphs: the first step requires knowing the whole path.
 
     prompt    adahkehbbldk|al=      solution   hbl
 
@@ -7,12 +7,11 @@ random order, two characters each and the end nearer the centre first, then
 the centre and the goal, which is the leaf of one arm. The answer names the
 nodes after the centre up to the goal.
 
-Source: Bachmann and Nagarajan 2024, arXiv 2403.06963. Every node but the
-first follows from the one before it by one look at the edges; the first is
-one of `degree` successors of the centre, and only the way back from the goal
-says which. Next-token training learns the easy nodes, stops being told
-anything by them, and is left to guess the first: greedy accuracy about
-1 / degree.
+Source: Bachmann and Nagarajan 2024, arXiv 2403.06963. Every node but the first
+follows from the node before it by one look-up in the edges. The first is one of
+`degree` successors of the centre, and only tracing the path back from the goal
+tells which. Next-token training learns the easy nodes, gets no more signal from
+them, and guesses the first one: greedy accuracy about 1 / degree.
 """
 
 import string
@@ -24,7 +23,7 @@ from mtp_rl.tasks import generated
 ALPHABET = string.ascii_lowercase + string.ascii_uppercase
 
 
-def make(task_config, seed):
+def make(task_config: config_lib.Task, seed):
   """Return the `PathFinding` task of a `config.Task`."""
   return PathFinding(task_config, seed)
 
@@ -37,12 +36,12 @@ def first_hop(example, completion):
 class PathFinding(generated.Generated):
   """See the module's text; members as in `tasks.Task`."""
 
-  def __init__(self, task_config, seed):
+  def __init__(self, task_config: config_lib.Task, seed):
     t = task_config
     if t.degree < 2 or t.arm < 2:
       raise config_lib.ConfigError(
           f'task path_finding with task.degree={t.degree} and task.arm={t.arm} '
-          'leaves nothing to look ahead for; both need at least 2')
+          'needs no look-ahead; set both to 2 or more')
     least = t.degree * t.arm + 1
     if not least <= t.nodes <= len(ALPHABET):
       raise config_lib.ConfigError(
@@ -59,10 +58,10 @@ class PathFinding(generated.Generated):
     centre, *rest = (ALPHABET[i] for i in order)
     paths = [rest[i * arm:(i + 1) * arm] for i in range(degree)]
     edges = [a + b for path in paths for a, b in zip([centre] + path, path)]
-    path = ''.join(paths[0])  # the names are random: so is the first arm
+    path = ''.join(paths[0])  # node names are random, so any arm will do
     shuffled = ''.join(edges[i] for i in rng.permutation(len(edges)))
     return types.Example(f'{shuffled}|{centre}{path[-1]}=', path, path)
 
   def score(self, example, text):
-    """Return 1.0 for the path itself, else 0.0."""
+    """Return 1.0 for exactly the path, else 0.0."""
     return float(text == example.answer)

@@ -1,9 +1,9 @@
 """Any data set of the package reasoning-gym, scored strictly.
 
 Questions are drawn once (task.size of them), duplicates dropped, and split by
-question text. The package's own scorer decides, on the stripped completion;
-only its full score is a reward. Scorers may parse what the model wrote, so
-they run in a worker process with a clock.
+question text. The package's own scorer judges the stripped completion; only
+its full score earns the reward of 1. Scorers may parse what the model wrote,
+so they run in a worker process with a time limit.
 """
 
 import json
@@ -25,12 +25,12 @@ def _create(dataset, options, size, seed):
 
 
 def scorer(dataset, options, size, seed):
-  """Return (index, completion) -> score of the package, for a worker."""
+  """Return the package's scorer (index, completion) -> score, for a worker."""
   data = _create(dataset, options, size, seed)
   return lambda index, text: data.score_answer(text, data[index])
 
 
-def make(task_config, seed):
+def make(task_config: config_lib.Task, seed):
   """Return the `ReasoningGym` task of a `config.Task`.
 
   Raises:
@@ -50,8 +50,8 @@ def make(task_config, seed):
     entries = [data[i] for i in range(len(data))]
   except ImportError as e:
     raise config_lib.ConfigError(
-        'task.name=reasoning_gym needs the package reasoning-gym; install '
-        f"mtp_rl with the extra 'gym' ({e})") from e
+        'task.name=reasoning_gym needs the package reasoning-gym; install it '
+        f"with pip install -e '.[gym]' ({e})") from e
   except (ValueError, TypeError, AssertionError, KeyError) as e:
     raise config_lib.ConfigError(
         f'reasoning_gym cannot make task.dataset={task_config.dataset!r} with '
@@ -64,7 +64,7 @@ def make(task_config, seed):
 class ReasoningGym:
   """See the module's text; members as in `tasks.Task`."""
 
-  def __init__(self, task_config, seed, entries, pool):
+  def __init__(self, task_config: config_lib.Task, seed, entries, pool):
     self._name, self._seed, self._pool = task_config.dataset, seed, pool
     unique = {}
     for index, entry in enumerate(entries):
@@ -130,5 +130,5 @@ class ReasoningGym:
     return dict(self._pool.counts)
 
   def close(self):
-    """End the scoring process."""
+    """End the worker process."""
     self._pool.close()

@@ -1,17 +1,17 @@
-"""Subset sums: every choice is right or wrong by the choices that follow.
+"""Subset sums: whether a choice is right depends on later choices.
 
     prompt    31424|07=      solution   +---+
 
 The prompt gives digits and a target in two characters; the answer keeps (+)
 or leaves (-) each digit in order so that the kept ones add up to the target.
 
-Why this task: nothing but the end is checked, so the first choice has to
-leave a remainder that the later digits can reach, which only a look ahead
-tells; the last choices follow from what is left. Most targets have several
-solutions. The warm-up imitates one drawn at random, so it leaves a policy
-that mixes them, which is what RL can make up its mind on. Solutions are as
-long as the digits, verification is one sum, and chance is well above 0, so a
-small model learns a part of it in a minute.
+Why this task: only the total is checked, so the first choices must leave a
+remainder that the later digits can reach, which takes looking ahead; the last
+choices follow from what is left. Most targets have several solutions. The
+warm-up imitates one drawn at random, so its policy mixes them, and RL can learn
+to settle on one. Solutions are as long as the digits, verification is one sum,
+and random answers score well above 0, so a small model learns part of the task
+in a minute.
 """
 
 from mtp_rl import config as config_lib
@@ -21,7 +21,7 @@ from mtp_rl.tasks import generated
 KEEP, LEAVE = '+-'
 
 
-def make(task_config, seed):
+def make(task_config: config_lib.Task, seed):
   """Return the `SubsetSum` task of a `config.Task`."""
   return SubsetSum(task_config, seed)
 
@@ -29,7 +29,7 @@ def make(task_config, seed):
 class SubsetSum(generated.Generated):
   """See the module's text; members as in `tasks.Task`."""
 
-  def __init__(self, task_config, seed):
+  def __init__(self, task_config: config_lib.Task, seed):
     t = task_config
     if not 3 <= t.min_terms <= t.max_terms <= 11:
       raise config_lib.ConfigError(
@@ -55,7 +55,7 @@ class SubsetSum(generated.Generated):
                      [1] * self._config.max_terms)]
 
   def score(self, example, text):
-    """Return 1.0 where one choice a digit reaches the target, else 0.0."""
+    """Return 1.0 if there is one choice per digit and the target is met."""
     digits, target = example.prompt[:-1].split('|')
     if len(text) != len(digits) or set(text) - {KEEP, LEAVE}:
       return 0.
@@ -66,8 +66,8 @@ class SubsetSum(generated.Generated):
 def _example(digits, kept):
   """Return the problem of some digits and the ones (0 or 1) to keep.
 
-  The target is drawn as a uniform choice makes it, so a solution given the
-  prompt is uniform among all of them.
+  `kept` is drawn uniformly and determines the target, so given the prompt it is
+  uniform among all solutions.
   """
   target = f'{sum(d * k for d, k in zip(digits, kept)):02d}'
   return types.Example(f'{"".join(map(str, digits))}|{target}=', target,

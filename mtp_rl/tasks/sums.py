@@ -1,11 +1,11 @@
 r"""Sums in words, for a small instruct model: "What is 3 + 5?".
 
-`task.min_terms` to `task.max_terms` numbers from 0 to `task.largest`; the
-answer is boxed and matched as an integer (verifiers.py), so the sum copied
-into the box earns nothing. Two worked examples show the form, because a small
-model never thinks of a box by itself, and `task.prefix` is how the answer
-begins, written for the model, `{}` in it being the sum ("{} ="). With a
-tokenizer of characters (task.tokenizer empty) it is a task for tests.
+A problem has `task.min_terms` to `task.max_terms` numbers from 0 to
+`task.largest`. The answer is boxed and matched as an integer (verifiers.py), so
+copying "3 + 5" into the box earns nothing. The prompt has two worked examples,
+because a small model never writes a box by itself, and ends with `task.prefix`,
+the start of the answer, in which `{}` stands for the terms ("{} =": "3 + 5 =").
+With a tokenizer of characters (task.tokenizer empty) it is a task for tests.
 """
 
 import os
@@ -15,14 +15,14 @@ import numpy as np
 
 from mtp_rl import config as config_lib
 from mtp_rl import tokenizers, types
-from mtp_rl.tasks import generated, math, verifiers
+from mtp_rl.tasks import generated, real_math, verifiers
 
 PROMPT = ('1 + 2 = 3 = \\boxed{{3}}\n'
           '4 + 5 = 9 = \\boxed{{9}}\n'
           'What is {}?')
 
 
-def make(task_config, seed):
+def make(task_config: config_lib.Task, seed):
   """Return the `Sums` task of a `config.Task`."""
   return Sums(task_config, seed)
 
@@ -30,7 +30,7 @@ def make(task_config, seed):
 class Sums(generated.Generated):
   """See the module's text; members as in `tasks.Task`."""
 
-  def __init__(self, task_config, seed):
+  def __init__(self, task_config: config_lib.Task, seed):
     t = self._config = task_config
     if not 1 <= t.min_terms <= t.max_terms:
       raise config_lib.ConfigError(
@@ -45,8 +45,8 @@ class Sums(generated.Generated):
   def _example(self, numbers):
     terms, total = ' + '.join(map(str, numbers)), str(sum(numbers))
     prefix = self._config.prefix.replace('{}', terms)
-    prompt = math.render(PROMPT.format(terms), self._words,
-                         self._config.template)
+    prompt = real_math.render(PROMPT.format(terms), self._words,
+                              self._config.template)
     return types.Example(
         prompt + prefix, total,
         rf'{terms} = {total} = \boxed{{{total}}}'.removeprefix(prefix))
@@ -60,14 +60,15 @@ class Sums(generated.Generated):
   def keeps_out(self, prompt):
     """Return whether a prompt belongs to evaluation, one in 8.
 
-    A checksum is linear: of prompts that differ in two digits it picks a
-    fraction of its own, 17 of the 441 sums of two numbers up to 20.
+    The checksum of `generated.is_held_out`, CRC32, is linear, so it does not
+    split similar prompts 1 in 8 (but 17 of the 441 sums of two numbers up to
+    20); a random generator seeded with the prompt does.
     """
     rng = np.random.default_rng(list(prompt.encode()))
     return rng.integers(generated.HELD_OUT_SHARE) == 0
 
   def probe(self):
-    """Return the problem of most and largest numbers."""
+    """Return the longest problem: most terms, each the largest number."""
     return [self._example([self._config.largest] * self._config.max_terms)]
 
   def extract(self, completion):
@@ -75,5 +76,5 @@ class Sums(generated.Generated):
     return verifiers.answer(self._config.prefix + completion)
 
   def score(self, example, text):
-    """Return 1.0 for the sum, written out, else 0.0."""
+    """Return 1.0 for the sum as an integer, else 0.0."""
     return float(text == example.answer)

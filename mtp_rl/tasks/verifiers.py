@@ -1,26 +1,26 @@
 r"""What a math answer is, and whether it is right.
 
-The answer of a completion is the content of its last `\boxed{...}`. Decided:
+The answer of a completion is the content of its last `\boxed{...}`. Rules:
 
-  several boxes            the last one that opens counts, an inner one too
+  several boxes            the last one to open counts, even inside another
   an unclosed last box     no answer, whatever was boxed before
   no box, an empty box     no answer
   over MAX_ANSWER chars    no answer; the completion itself may have any length
-  `\boxed 5`               no box: braces are asked for
+  `\boxed 5`               no box: braces are required
 
-A reference that is an integer is matched strictly, as text: digits with a
-sign, thousands separators, `.0`, a currency or degree sign or a unit in
-`\text{}` around them. So `1+1`, `4/2`, `2^1`, `1 2` and `2\%` do not earn the
-reward of 2 or 12: it must not be had by copying from the problem.
+If the reference is an integer, the answer is matched strictly, as text: digits,
+around which a sign, thousands separators, `.0`, a currency or degree sign or a
+unit in `\text{}` may stand. So `1+1`, `4/2`, `2^1`, `1 2` and `2\%` do not earn
+the reward of 2 or 12, which copying from the problem must not earn.
 
 Other numbers (`2.5`, `3e8`, `1.6 \times 10^{-19}`) are compared as numbers, to
-a millionth of the reference. Any other pair is compared as text first (spacing
-and size commands aside), then by math-verify (never against a number below
-1e-3, which it would round to 0), which parses both sides with its own grammar
-and compares them in sympy, in worker processes with a clock and a memory
-bound: the text is untrusted. Source: github.com/huggingface/Math-Verify.
-An expression that stands in the problem as it is boxed (`1/4+1/4`, `t^2-49`)
-earns nothing unless it is the reference's own text.
+a millionth of the reference. Any other pair is compared as text first, without
+spacing and size commands, then by math-verify (except against a number below
+1e-3, which it would round to 0). Math-verify parses both sides with its own
+grammar and compares them in sympy; as the text is untrusted, it runs in worker
+processes with limits on time and memory. An expression that is copied from the
+problem (`1/4+1/4`, `t^2-49`) earns nothing unless it is the reference's own
+text. Source: github.com/huggingface/Math-Verify.
 """
 
 import decimal
@@ -112,7 +112,7 @@ def _squeezed(text):
 
 
 def normal(text):
-  """Return a text such that equal texts are the same answer."""
+  """Return a normal form: answers with equal normal forms are the same."""
   whole = integer(text)
   if whole:
     return whole
@@ -125,9 +125,9 @@ def normal(text):
 
 
 def copied(box, problem):
-  """Return whether an expression stands in a problem, spacing aside.
+  """Return whether an expression occurs in a problem, spacing aside.
 
-  Numbers are no expressions: they may be given and asked for.
+  Numbers do not count: a problem may contain the number that it asks for.
   """
   if integer(box) or number(box) is not None:
     return False
@@ -137,7 +137,7 @@ def copied(box, problem):
 
 
 def answer(completion):
-  """Return the normalised answer of a completion, '' where it gives none."""
+  """Return the normalised answer of a completion, '' if it gives none."""
   box = last_box(completion)
   return '' if box is None or len(box) > MAX_ANSWER else normal(box)
 
@@ -145,12 +145,12 @@ def answer(completion):
 def scorer():
   """Return math-verify as (reference, box) -> 0.0 or 1.0, for a worker."""
   import math_verify  # an extra: imported when it is used
-  # Its own clock is a signal in this process; the one outside decides.
+  # Its own timeout uses a signal in this process; the pool's timeout decides.
   logging.getLogger('math_verify').setLevel(logging.ERROR)
   parse = functools.partial(math_verify.parse, parsing_timeout=None)
   reference_of = functools.lru_cache(maxsize=4096)(
       lambda text: parse(f'${text}$'))
-  # Only what is boxed counts: no hunt for a number in the words around it.
+  # Only the box counts: do not search the words around it for a number.
   boxed = [math_verify.LatexExtractionConfig(
       boxed_match_priority=0, try_extract_without_anchor=False)]
 
@@ -165,23 +165,18 @@ def scorer():
 
 def check_installed():
   """Raise config.ConfigError where math-verify is missing."""
-  try:
-    import math_verify  # noqa: F401
-  except ImportError as e:
-    raise config_lib.ConfigError(
-        'the math verifier needs the package math-verify; install mtp_rl with '
-        f"the extra 'math' ({e})") from e
+  config_lib.optional('math_verify', 'the math verifier', 'math')
 
 
 class MathVerifier:
   """Rewards of completions; see the module's text.
 
   Attributes:
-    counts: what went wrong in the workers, see `workers.Pool`.
+    counts: failures in the workers, see `workers.Pool`.
   """
 
   def __init__(self, timeout_s, processes):
-    """Start nothing yet.
+    """Set up the pool; processes start when first needed.
 
     Args:
       timeout_s: seconds that one answer may take.
@@ -193,7 +188,7 @@ class MathVerifier:
 
   @property
   def longest_s(self):
-    """Longest seconds that an answer took, or was waited for."""
+    """Longest time in seconds that an answer took or was awaited."""
     return self._pool.longest_s
 
   def rewards(self, references, completions, problems=None):
@@ -202,8 +197,8 @@ class MathVerifier:
     Args:
       references: the right answers, texts without a box.
       completions: as many texts of the model.
-      problems: as many texts, from which nothing is to be copied; None: that
-        is not looked at.
+      problems: as many texts; expressions copied from them earn nothing. None:
+        copying is not checked.
     """
     rewards, asked = [0.] * len(references), []
     problems = problems or [''] * len(references)

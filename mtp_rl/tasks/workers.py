@@ -1,12 +1,11 @@
-"""Verifiers in processes of their own, with a clock outside them.
+"""Verifiers in separate processes, timed from outside.
 
-A hang or a crash costs the answer that caused it its reward and is counted;
-the process is replaced and the batch goes on. Messages are JSON bytes, so
-nothing that comes back is ever unpickled.
+An answer that hangs or crashes its process gets no reward and is counted; the
+process is replaced and the batch continues. Messages are JSON bytes, so nothing
+that a process sends back is unpickled.
 
-Processes are forked from one that was started afresh and has imported the
-verifier's packages, never from the trainer with its threads; so a replacement
-costs milliseconds.
+Processes are forked from a fresh one that has imported the verifier's packages,
+never from the trainer with its threads, so a replacement takes milliseconds.
 """
 
 import atexit
@@ -19,15 +18,15 @@ import time
 import weakref
 from multiprocessing import connection as connection_lib
 
-START_S = 120.  # a fresh process imports the verifier's packages
-_END_S = 5.  # that a killed process may take to be gone
-_STARTS = 3  # processes in a row that may fail to come up
-_MESSAGE = 4096  # bytes of a reply
+START_S = 120.  # limit for a fresh process, which imports the packages
+_END_S = 5.  # seconds to wait for a killed process to end
+_STARTS = 3  # failed starts in a row after which the pool gives up
+_MESSAGE = 4096  # most bytes of a reply
 _OUT_OF_MEMORY = 3
 
 
 def _context(preload):
-  """Return the way to start processes, `preload` imported beforehand."""
+  """Return the multiprocessing context, which imports `preload` first."""
   if 'forkserver' not in multiprocessing.get_all_start_methods():
     return multiprocessing.get_context('spawn')
   context = multiprocessing.get_context('forkserver')
@@ -47,9 +46,9 @@ def _limit_memory(extra_mb):
 
 
 def _serve(connection, factory, args, memory_mb):
-  """Run in the child: build the scorer once, then answer until the end."""
-  # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the trainer
-  # alone decides, and ends this process by SIGKILL.
+  """Run in the child: build the scorer, then answer requests until EOF."""
+  # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The trainer
+  # alone decides when to stop, and ends this process by SIGKILL.
   for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, signal.SIG_IGN)
   scorer = factory(*args)
@@ -62,7 +61,7 @@ def _serve(connection, factory, args, memory_mb):
       return
     try:
       answer = {'score': float(scorer(*request))}
-    except MemoryError:  # what is left of the process is not to be trusted
+    except MemoryError:  # the process may be in any state now
       os._exit(_OUT_OF_MEMORY)
     except Exception as e:  # the verifier's own errors on hostile text
       answer = {'error': type(e).__name__[:100]}
@@ -70,14 +69,14 @@ def _serve(connection, factory, args, memory_mb):
 
 
 class _Worker:
-  """One process, and what it is busy with.
+  """One process, and the request that it works on.
 
   Attributes:
     connection: to the child.
     process: the child.
     job: index of the request it works on; None: starting or idle.
-    ready: it has come up.
-    deadline: of its start or its job, time.monotonic; None: idle.
+    ready: whether it has started.
+    deadline: of its start or its job, in time.monotonic; None: idle.
   """
 
   def __init__(self, context, target):
@@ -90,13 +89,13 @@ class _Worker:
     self.deadline = time.monotonic() + START_S
 
   def kill(self):
-    """Have the process ended; the next one that starts reaps it."""
+    """Kill the process; multiprocessing reaps it when the next one starts."""
     self.process.kill()
     self.connection.close()
 
 
 def _close(pool):
-  """Close a pool that is still there: at exit nobody else ends its workers."""
+  """Close a pool, if it still exists: nothing else ends its workers at exit."""
   if pool() is not None:
     pool().close()
 
@@ -107,7 +106,7 @@ class Pool:
   Attributes:
     counts: 'errors' (the scorer raised), 'timeouts' and 'crashes' (memory
       included) so far.
-    longest_s: the longest that an answer took, or was waited for.
+    longest_s: the longest time in seconds that an answer took or was awaited.
   """
 
   def __init__(self, factory, args, timeout_s, workers=1, memory_mb=0,
@@ -119,8 +118,8 @@ class Pool:
       args: its arguments, picklable.
       timeout_s: seconds that one answer may take.
       workers: processes.
-      memory_mb: MiB that a process may take beyond the scorer itself, where
-        the system can say (Linux); 0: no bound.
+      memory_mb: MiB that a process may take beyond the scorer itself (Linux
+        only); 0: no limit.
       preload: modules that the scorer imports.
     """
     self._context = _context(preload)
@@ -132,10 +131,10 @@ class Pool:
     atexit.register(_close, weakref.ref(self))
 
   def start(self):
-    """Start the processes that do not run, and wait until they are up.
+    """Start the missing processes, and wait until they are ready.
 
     Raises:
-      RuntimeError: they do not come up.
+      RuntimeError: they do not start.
     """
     self._fill(self._size)
     while not all(w.ready for w in self._workers):
@@ -143,13 +142,13 @@ class Pool:
       self._fill(self._size)
 
   def score_all(self, requests):
-    """Return the scorer's values, 0.0 where it raised, hung or crashed.
+    """Return the list of scores, 0.0 where the scorer raised, hung or crashed.
 
     Args:
       requests: lists of JSON-ready arguments of the scorer.
 
     Raises:
-      RuntimeError: no process comes up.
+      RuntimeError: no process starts.
     """
     requests = list(requests)
     scores = [0.] * len(requests)
@@ -175,7 +174,7 @@ class Pool:
 
   def _fill(self, count):
     for worker in [w for w in self._workers if w.ready and w.job is None]:
-      if not worker.process.is_alive():  # it died by itself, between batches
+      if not worker.process.is_alive():  # it died between batches
         self._workers.remove(worker)
         worker.kill()
     while len(self._workers) < count:
@@ -184,12 +183,12 @@ class Pool:
   def _ask(self, worker, job, requests):
     worker.job = job
     worker.deadline = time.monotonic() + self._timeout
-    # Where the process is gone, reading from it says so.
+    # If the process is dead, the next read fails and reports it.
     with contextlib.suppress(OSError):
       worker.connection.send_bytes(json.dumps(requests[job]).encode())
 
   def _step(self, scores):
-    """Wait for one or more processes to answer, come up, die or be late."""
+    """Wait until a process answers, starts, dies or exceeds its deadline."""
     pending = [w for w in self._workers if w.deadline is not None]
     soonest = min(w.deadline for w in pending)
     spoke = connection_lib.wait([w.connection for w in pending],
@@ -218,7 +217,7 @@ class Pool:
     worker.ready, worker.job, worker.deadline = True, None, None
 
   def _lose(self, worker, scores, name):
-    """Drop a process; its answer, if it had one, earns nothing."""
+    """Drop a process; if it worked on an answer, that earns nothing."""
     self._workers.remove(worker)
     worker.kill()
     if worker.job is not None:

@@ -18,7 +18,7 @@ def logits(m, mtp, tensors):
 
   Args:
     m: `config.Model`.
-    mtp: `config.MTP` with heads=0.
+    mtp: `config.MTP` with modules=0.
     tensors: {published name: array}.
   """
   import torch
@@ -56,7 +56,7 @@ def fused(state, wanted):
 
 
 def _golden(family):
-  m, mtp = published.model(family, heads=0)
+  m, mtp = published.model(family, modules=0)
   return logits(m, mtp, published.weights(m, mtp))[0]
 
 

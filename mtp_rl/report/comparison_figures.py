@@ -1,11 +1,9 @@
 """The figures of a comparison, drawn from metrics alone."""
 
-import os
-import textwrap
-
 import numpy as np
-from matplotlib import figure as mpl_figure
 from matplotlib import ticker
+
+from mtp_rl.report import style
 
 _COLOURS = ('#707070', '#111111', '#c03030', '#e08a1e', '#2060a8', '#3a8f5c',
             '#8a55b0', '#14a0a8', '#b06a3a', '#d060a0')
@@ -25,7 +23,7 @@ def _groups(variants):
 
 
 def _curve(runs, pick):
-  """Return steps, mean and standard deviation over the seeds that have them.
+  """Return steps, means and standard deviations over the seeds.
 
   Args:
     runs: dict seed -> rows.
@@ -76,12 +74,8 @@ def _draw(axis, variants, runs, pick, styles, width=1):
 
 
 def _figure(rows, columns, title, width=4.4, height=3., **kw):
-  figure = mpl_figure.Figure(figsize=(width * columns + 1.6,
-                                      height * rows + .5),
-                             layout='constrained')
-  wrapped = textwrap.fill(title, int(11 * figure.get_figwidth()))
-  figure.suptitle(wrapped, fontsize=11)
-  return figure, figure.subplots(rows, columns, squeeze=False, **kw)
+  return style.new(rows, columns, (width * columns + 1.6, height * rows + .5),
+                   title, **kw)
 
 
 def _legend(axis):
@@ -91,12 +85,8 @@ def _legend(axis):
                 bbox_to_anchor=(1.01, .5))
 
 
-def _save(figure, directory, name):
-  figure.savefig(os.path.join(directory, name + '.png'), dpi=110)
-
-
 def learning(variants, runs, directory, title):
-  """Draw reward and held-out greedy accuracy, a row a group."""
+  """Draw reward and held-out greedy accuracy, a row of panels per group."""
   styles, groups = _styles(variants), _groups(variants)
   figure, axes = _figure(len(groups), 2, title)
   longest = max((len(rows) for seeds in runs.values()
@@ -110,11 +100,11 @@ def learning(variants, runs, directory, title):
     left.set_title(f'{group}: reward{over}', fontsize=10)
     right.set_title(f'{group}: held-out greedy', fontsize=10)
     _legend(right)
-  _save(figure, directory, 'learning')
+  style.save(figure, directory, 'learning')
 
 
 def coefficient(variants, runs, directory, title):
-  """Draw lambda of every variant whose regime computes it, a panel each."""
+  """Draw lambda of each variant whose regime computes it, a panel each."""
   mine = [v for v in variants if v.config.mtp.regime.startswith('occ')
           and runs[v.name]]
   if not mine:
@@ -131,14 +121,14 @@ def coefficient(variants, runs, directory, title):
   for axis in axes[len(mine):]:
     axis.set_axis_off()
   figure.supylabel('lambda', fontsize=10)
-  _save(figure, directory, 'lambda')
+  style.save(figure, directory, 'lambda')
 
 
 def forest(rows, directory, title):
-  """Draw the paired differences with their intervals, a row a group.
+  """Draw the paired differences with their intervals, a row per group.
 
   Args:
-    rows: of `report.compare`.
+    rows: list from `compare.summary.compare`.
     directory: where forest.png goes.
     title: above the figure.
   """
@@ -177,7 +167,7 @@ def forest(rows, directory, title):
       axis.grid(axis='x', alpha=.25)
   figure.legend(handles.values(), handles.keys(), loc='outside right center',
                 frameon=False, fontsize=8)
-  _save(figure, directory, 'forest')
+  style.save(figure, directory, 'forest')
 
 
 def draw_all(variants, runs, rows, directory, title):
@@ -185,8 +175,8 @@ def draw_all(variants, runs, rows, directory, title):
 
   Args:
     variants: list of `grid.Variant`.
-    runs: of `report.collect`.
-    rows: of `report.compare`.
+    runs: dict from `compare.summary.collect`.
+    rows: list from `compare.summary.compare`.
     directory: where the PNG files go.
     title: above each figure.
   """

@@ -1,4 +1,4 @@
-"""Scoring a checkpoint of a workdir: resumable, one JSONL row a sample."""
+"""Resumable scoring of a workdir's checkpoint, one JSONL row per sample."""
 
 import contextlib
 import hashlib
@@ -7,18 +7,13 @@ import os
 
 import jax
 
-from mtp_rl import (
-  checkpoint,
-  distributed,
-  intervals,
-  metrics,
-  trainer,
-  validate,
-)
+from mtp_rl import checkpoint, distributed, metrics, trainer, validate
 from mtp_rl import config as config_lib
-from mtp_rl.compare import grid
+from mtp_rl import workdir as workdir_lib
+from mtp_rl.evaluation import held_out
+from mtp_rl.report import intervals, tables
 
-# What may be set for an evaluation alone; the rest is how the model was made.
+# Sections that --set may change; the others say how the model was trained.
 MAY_SET = ('task.', 'rollout.', 'eval.', 'mesh.')
 _IRRELEVANT = ('run', 'rl', 'optim', 'warmup', 'occ')
 
@@ -26,7 +21,7 @@ _IRRELEVANT = ('run', 'rl', 'optim', 'warmup', 'occ')
 class RowLog:
   """The rows of one evaluation in a file, appended batch by batch.
 
-  A last line that a kill cut short is dropped; its batch is sampled again.
+  If a kill cut the last line short, it is dropped and sampled again.
   """
 
   def __init__(self, path, identity):
@@ -34,10 +29,10 @@ class RowLog:
 
     Args:
       path: the JSONL file; its first line holds the identity.
-      identity: JSON-ready dict of all that decides the rows.
+      identity: JSON-ready dict of everything that determines the rows.
 
     Raises:
-      config.ConfigError: the rows there are of another evaluation.
+      config.ConfigError: the file holds rows of another evaluation.
     """
     found, self._rows = metrics.read(path), {}
     if found and found[0] != {'identity': identity}:
@@ -68,9 +63,9 @@ class RowLog:
     return None if None in rows else rows
 
   def add(self, rows):
-    """Append rows; they are on disk when this returns, by one process.
+    """Append rows; process 0 has them on disk when this returns.
 
-    Those of a batch that a kill cut short are there already.
+    Rows that the file has already, of a batch cut short by a kill, are skipped.
     """
     rows = [row for row in rows if self._key(row) not in self._rows]
     for row in rows:
@@ -87,8 +82,8 @@ class RowLog:
       self._file.close()
 
 
-def configure(config, samples, settings):
-  """Set what an evaluation may set on a workdir's config; return it.
+def configure(config: config_lib.Config, samples, settings):
+  """Apply the settings of an evaluation to a workdir's config; return it.
 
   Args:
     config: `config.Config`, changed in place.
@@ -96,7 +91,7 @@ def configure(config, samples, settings):
     settings: texts 'section.field=value'.
 
   Raises:
-    config.ConfigError: a setting is unknown, or no matter of an evaluation.
+    config.ConfigError: a setting is unknown, or not one of `MAY_SET`.
   """
   for setting in settings:
     name, equals, text = setting.partition('=')
@@ -104,14 +99,14 @@ def configure(config, samples, settings):
       raise config_lib.ConfigError(
           f'--set={setting} is not section.field=value with a section of '
           f'{", ".join(s[:-1] for s in MAY_SET)}')
-    grid.assign(config, name, text)
+    config_lib.assign(config, name, text)
   config.eval.samples = samples or (32 if config.task.name == 'math' else 16)
   validate.validate(config)
   return config
 
 
-def _identity(config, where, step, task):
-  """Return what decides the samples of a checkpoint under a config."""
+def _identity(config: config_lib.Config, where, step, task):
+  """Return what determines the samples of a checkpoint under a config."""
   values = {k: v for k, v in config_lib.to_dict(config).items()
             if k not in _IRRELEVANT}
   values['eval'] = {k: v for k, v in values['eval'].items() if k != 'every'}
@@ -119,7 +114,8 @@ def _identity(config, where, step, task):
                     if k not in ('data_dir', 'cache_dir', 'processes')}
   values['data'] = getattr(task, 'report', {}).get('sha256')
   digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-  # The time of its saving tells one checkpoint from another, copies included.
+  # The metadata has the time of saving, so it identifies a checkpoint and its
+  # copies.
   with open(os.path.join(where, str(step), '_CHECKPOINT_METADATA'), 'rb') as f:
     digest.update(f.read())
   return {'step': step, 'k': config.eval.samples, 'sha256': digest.hexdigest()}
@@ -145,8 +141,8 @@ def score_checkpoint(workdir, phase, step, samples, settings=()):
   """
   config = configure(config_lib.load(os.path.join(workdir, 'config.json')),
                      samples, settings)
-  run = trainer.reopen(config, workdir)
-  where = trainer.checkpoints(run, phase)
+  run = workdir_lib.reopen(config, workdir)
+  where = workdir_lib.existing_checkpoints(run, phase)
   with jax.set_mesh(run.mesh), contextlib.closing(run.task):
     saved = checkpoint.Checkpoints(where, config.run.keep)
     functions = trainer.prepare(run)
@@ -160,9 +156,9 @@ def score_checkpoint(workdir, phase, step, samples, settings=()):
       name += '_' + identity['sha256'][:8]
     path = run.path('evaluation', name + '.json')
     with distributed.together():
-      log = RowLog(path + 'l', identity)
+      log = RowLog(run.path('evaluation', name + '.jsonl'), identity)
     with contextlib.closing(log):
-      scores = functions.measure(params, log)
+      scores = held_out.measure(functions.examiner, params, log)
     values = {k: (float(v.mean()), *intervals.bootstrap(v))
               for k, v in scores.items()}
     metrics.write_json(path, {
@@ -175,10 +171,10 @@ def score_checkpoint(workdir, phase, step, samples, settings=()):
 
 
 def table(values):
-  """Return a Markdown table, a set a row, of what `score_checkpoint` returns.
+  """Return a Markdown table of `score_checkpoint`'s values, a row per set.
 
-  Percent with the 95 % interval; the last row is the mean over sets, as the
-  paper reports it, where there are several.
+  Values are percent with their 95 % interval. If there are several sets, the
+  last row is the mean over sets, as in the paper.
   """
   names = [k.split('/')[1:] for k in values]
   sets = list(dict.fromkeys(n for n, _ in names))
@@ -188,8 +184,7 @@ def table(values):
   if len(sets) > 1:
     rows.append(['mean'] + [f'{100 * _mean(values, sets, c):.1f}'
                             for c in columns])
-  lines = [['set (%)', *columns], ['---'] * (len(columns) + 1), *rows]
-  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+  return tables.markdown(['set (%)', *columns], rows).rstrip()
 
 
 def _mean(values, sets, column):

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_rl import evaluate, intervals, tasks
+from mtp_rl import tasks
+from mtp_rl.evaluation import held_out
+from mtp_rl.report import intervals
 from tests import conftest
 
 
@@ -15,13 +17,13 @@ from tests import conftest
 def test_pass_at_k_is_the_mean_over_all_draws(correct, samples, k):
   marks = [1] * correct + [0] * (samples - correct)
   draws = [any(d) for d in itertools.combinations(marks, k)]
-  np.testing.assert_allclose(evaluate.pass_at_k(correct, samples, k),
+  np.testing.assert_allclose(held_out.pass_at_k(correct, samples, k),
                              np.mean(draws))
 
 
 def test_pass_at_k_needs_k_samples():
   with pytest.raises(ValueError, match='pass@5'):
-    evaluate.pass_at_k(1, 4, 5)
+    held_out.pass_at_k(1, 4, 5)
 
 
 @pytest.mark.parametrize('answers, rewards, expected', [
@@ -29,7 +31,7 @@ def test_pass_at_k_needs_k_samples():
     (['7', '3'], [1, 0], .5), (['', '', '7'], [0, 0, 1], 1.),
     (['', ''], [0, 0], 0.)])
 def test_majority(answers, rewards, expected):
-  assert evaluate.majority(answers, rewards) == expected
+  assert held_out.majority(answers, rewards) == expected
 
 
 def test_every_problem_is_scored_once_whatever_the_batch():
@@ -56,10 +58,12 @@ def test_every_problem_is_scored_once_whatever_the_batch():
     return generate
 
   log = _Log()
+  examiner = lambda several: held_out.Examiner(
+      config, task, lambda params: params, oracle(1, 3), several,
+      jax.random.key(0))
   measure = lambda several: {
-      k: v.mean() for k, v in evaluate.measure(
-          None, task, oracle(1, 3), several, config, jax.random.key(0),
-          log).items()}
+      k: v.mean() for k, v in held_out.measure(
+          examiner(several), None, log).items()}
   got = measure(oracle(3, 1))
   np.testing.assert_allclose(got['val/arithmetic/greedy'], 8 / 11)
   for name in ('avg@3', 'pass@1', 'pass@2', 'pass@3', 'maj@3'):
@@ -73,7 +77,7 @@ def test_every_problem_is_scored_once_whatever_the_batch():
 
 
 class _Log:
-  """Rows in memory, as `evaluate.measure` keeps them."""
+  """Rows in memory, as `held_out.measure` keeps them."""
 
   def __init__(self):
     self.rows = []

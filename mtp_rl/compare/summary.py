@@ -1,14 +1,15 @@
 """Seed-paired statistics of complete runs, and their tables.
 
-A difference is taken within a seed (both runs start from one warm-up) and then
-averaged; its 95 % interval is Student's t over the seeds.
+Differences are taken within a seed (both runs start from one warm-up) and then
+averaged; the 95 % interval is Student's t over the seeds.
 """
 
 import json
 import os
 import statistics
 
-from mtp_rl import intervals, metrics
+from mtp_rl import metrics
+from mtp_rl.report import intervals, tables
 
 METRICS = {
     'greedy': 'held-out greedy',
@@ -18,7 +19,7 @@ METRICS = {
     'lambda': 'mean lambda',
     'update_s': 's of updates a step',
 }
-# What a paired difference is shown of (comparison.json has all of them).
+# Metrics whose paired differences the tables show; comparison.json has all.
 SHOWN = ('greedy', 'avg', 'reward', 'acceptance')
 BASELINES = ('detach', 'rl_only')
 
@@ -30,10 +31,10 @@ def _mean_at_end(row, kind):
 
 
 def run_values(rows):
-  """Return what a run counts for: dict of `METRICS` that it has.
+  """Return a run's values, a dict with those `METRICS` that it has.
 
   Args:
-    rows: of metrics.jsonl.
+    rows: list of rows of metrics.jsonl.
   """
   steps = [r for r in rows if r['step'] > 0]
   column = lambda name: [r[name] for r in steps if r.get(name) is not None]
@@ -52,7 +53,7 @@ def run_values(rows):
 
 
 def is_complete(workdir):
-  """Tell whether the run in a workdir has all its steps."""
+  """Return whether the run in a workdir has done all its steps."""
   try:
     with open(os.path.join(workdir, 'summary.json'), encoding='utf-8') as f:
       return json.load(f)['status'] == 'complete'
@@ -83,11 +84,11 @@ def baseline(variants, group, regime):
 
 
 def compare(variants, runs):
-  """Return one dict a variant: its values, means and paired differences.
+  """Return a dict per variant: its values, means and paired differences.
 
   Args:
     variants: list of `grid.Variant`.
-    runs: of `collect`.
+    runs: dict from `collect`.
   """
   values = {}
   for name, seeds in runs.items():
@@ -112,17 +113,6 @@ def compare(variants, runs):
   return out
 
 
-def to_json(rows):
-  """Return the rows of `compare` with intervals as dicts."""
-  def plain(x):
-    if isinstance(x, intervals.Interval):
-      return x._asdict()
-    if isinstance(x, dict):
-      return {str(k): plain(v) for k, v in x.items()}
-    return x
-  return [plain(row) for row in rows]
-
-
 def _number(x, name, signed=False):
   digits = 4 if name in ('lambda', 'update_s') else 3
   text = f'{x:+.{digits}f}' if signed else f'{x:.{digits}f}'
@@ -140,16 +130,11 @@ def _difference(x, name):
   return f'{mean} [{ends}]'
 
 
-def _table(head, lines):
-  rows = [head, ['---'] * len(head), *lines]
-  return ''.join('| ' + ' | '.join(row) + ' |\n' for row in rows) + '\n'
-
-
 def markdown(rows, title):
   """Return the tables: for each group the means, then paired differences.
 
   Args:
-    rows: of `compare`.
+    rows: list from `compare`.
     title: first line.
   """
   shown = [m for m in METRICS if any(m in r['mean'] for r in rows)]
@@ -160,11 +145,11 @@ def markdown(rows, title):
   for group in dict.fromkeys(r['group'] for r in rows):
     mine = [r for r in rows if r['group'] == group]
     out.append(f'## {group}\n\n')
-    out.append(_table(
+    out.append(tables.markdown(
         ['variant', 'seeds', *[METRICS[m] for m in shown]],
         [[r['label'], str(len(r['seeds'])), *[
             _number(r['mean'][m].mean, m) if m in r['mean'] else ''
-            for m in shown]] for r in mine]))
+            for m in shown]] for r in mine]) + '\n')
     for regime in BASELINES:
       held = [(r['label'], r['against'][regime]) for r in mine
               if r['against'].get(regime)]
@@ -172,6 +157,6 @@ def markdown(rows, title):
                 *[_difference(found.get(m), m) for m in SHOWN]]
                for label, found in held]
       if lines:
-        out.append(_table([f'minus {regime}', 'pairs',
-                           *[METRICS[m] for m in SHOWN]], lines))
+        out.append(tables.markdown([f'minus {regime}', 'pairs',
+                           *[METRICS[m] for m in SHOWN]], lines) + '\n')
   return ''.join(out).rstrip('\n') + '\n'

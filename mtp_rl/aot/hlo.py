@@ -1,7 +1,7 @@
 """What a compiled program does, read from its text: FLOPs, bytes, arrays.
 
-XLA's own cost analysis counts the body of a loop once; here every computation
-is counted as often as its loops run it. Numbers are those of one device.
+XLA's own cost analysis counts the body of a loop once; here it is counted as
+often as the loop runs. All numbers are those of one device.
 """
 
 import collections
@@ -46,10 +46,10 @@ class Summary(NamedTuple):
 
   Attributes:
     flops: of matmuls, convolutions and attention kernels, loops included.
-    collectives: dict, kind -> bytes that one device sends in or takes out.
+    collectives: dict kind -> bytes, see `_collective`.
     largest: (bytes, type, where) of the largest array that is computed.
-    vocabulary: the same of those with an axis of the vocabulary's size that
-      have not a parameter's shape; None where there is none.
+    vocabulary: the same for arrays with an axis of the vocabulary's size and
+      not of a parameter's shape; None if there is none.
   """
   flops: float
   collectives: dict
@@ -92,7 +92,7 @@ def called(instruction):
 
 
 def trips(computations, condition):
-  """Return how often a loop runs: the largest number that it compares with."""
+  """Return how often a loop runs: the largest constant of its condition."""
   numbers, seen = [], [condition]
   for name in seen:
     for i in computations.get(name, ()):
@@ -103,7 +103,7 @@ def trips(computations, condition):
 
 
 def counts(computations, entry):
-  """Return {computation: how often it runs}; the text has callees first."""
+  """Return {computation: how often it runs}; callees come first in the text."""
   out = collections.Counter({entry: 1})
   for name in reversed(computations):
     for i in computations[name]:
@@ -116,7 +116,7 @@ def counts(computations, entry):
 
 
 def _operands(instruction, types):
-  """Return (dtype, dims) of each operand; a tuple's is that of its first."""
+  """Return (dtype, dims) of each operand; of a tuple, its first element's."""
   text = instruction.rest.split('), ')[0]
   return [(shapes(types.get(name, '')) or [(None, ())])[0]
           for name in re.findall(r'%([\w.\-]+)', text)]
@@ -130,7 +130,7 @@ def _dot(instruction, operands):
 
 
 def _taps(out, window):
-  """Return the pairs of output place and kernel tap that meet the input."""
+  """Return how many (output position, kernel tap) pairs fall on the input."""
   n, taps = window['in'], 0
   reach = (n - 1) * window['dilate'] + 1
   for tap in range(window['size']):
@@ -142,7 +142,7 @@ def _taps(out, window):
 
 
 def _convolution(instruction, operands):
-  """Return FLOPs; a batched matmul is one with as many taps as batches."""
+  """Return FLOPs; a batched matmul may be one, with a tap per batch."""
   rest, out = instruction.rest, shapes(instruction.type)[0][1]
   left, right, result = re.search(
       r'dim_labels=(\w+)_(\w+)->(\w+)', rest).groups()
@@ -164,10 +164,10 @@ def _convolution(instruction, operands):
 
 
 def _kernel(instruction, operands):
-  """Return FLOPs of the kernels that are no matmul to XLA.
+  """Return FLOPs of the kernels that XLA does not treat as matmuls.
 
-  Of splash attention half of all scores; of a ragged dot all its rows, though
-  it skips those behind the last group.
+  Splash attention counts half of all scores. A ragged dot counts all rows,
+  although it skips those after the last group.
   """
   name = instruction.name
   if name.startswith('ragged-dot') and 'metadata' not in name:
@@ -191,7 +191,7 @@ _FLOPS = {'dot': _dot, 'convolution': _convolution, 'custom-call': _kernel}
 def _collective(instruction, owner, types):
   """Return the kind of a collective and its bytes, or None and 0.
 
-  The bytes are those of the whole: what is gathered, reduced, or scattered.
+  The bytes are those of the whole array that is gathered, reduced or scattered.
   """
   for kind in COLLECTIVES:
     if instruction.opcode == f'{kind}-start' and kind != 'all-reduce':
@@ -214,7 +214,7 @@ def where(instruction):
 
 
 def folded(dims):
-  """Return a shape without axes of one and their order, as a tuple."""
+  """Return a shape as a sorted tuple without axes of size 1."""
   return tuple(sorted(d for d in dims if d != 1))
 
 
@@ -222,7 +222,7 @@ def summarise(text, vocabularies=frozenset(), parameters=frozenset()):
   """Return the `Summary` of a compiled program.
 
   Args:
-    text: the optimised module's.
+    text: the optimised HLO module as text.
     vocabularies: sizes of a vocabulary axis, whole and on one device.
     parameters: `folded` shapes of parameters, their gradients and copies.
   """

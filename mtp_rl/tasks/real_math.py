@@ -1,11 +1,12 @@
 r"""Math problems with a boxed answer: prompts from data sets, verified.
 
-Left out of training, and counted in `report`: rows of an evaluation (named by
-the row, or equal to a problem of an evaluation set in the same folder but for
-case, spaces and punctuation), rows with conflicting answers (named by the row,
-or of such equal problems), since one of them is a wrong reward, repetitions,
-and prompts over rollout.max_prompt tokens. Evaluation prompts over that length
-are left out too, and counted.
+Left out of training, and counted in `report`:
+  problems of an evaluation set (the row says so, or the folder has an
+    evaluation set with the same problem up to case, spaces and punctuation)
+  problems with conflicting answers (the row says so, or the same problem occurs
+    with another answer), since one of the answers gives wrong rewards
+  repetitions
+  prompts of more than rollout.max_prompt tokens; of evaluation sets as well
 
 The prompt's words are those of DAPO (Yu et al. 2025, arXiv 2503.14476).
 """
@@ -40,7 +41,7 @@ def render(text, tokenizer, template):
   Args:
     text: what the user says.
     tokenizer: see `tokenizers`.
-    template: 'chat', the tokenizer's own; 'plain', the text alone.
+    template: 'chat', the tokenizer's chat template; 'plain', the text alone.
 
   Raises:
     config.ConfigError: the template fails, or there is none.
@@ -59,7 +60,7 @@ def names(text):
   return [n for n in (part.strip() for part in text.split(',')) if n]
 
 
-def make(task_config, seed):
+def make(task_config: config_lib.Task, seed):
   """Return the `Math` task of a `config.Task`.
 
   Raises:
@@ -78,7 +79,7 @@ def make(task_config, seed):
         f'{", ".join(sorted(both))} cannot be both trained on and evaluated; '
         'change task.train or task.evals')
   verifiers.check_installed()
-  # Every evaluation that lies there is kept out, asked for or not.
+  # Every evaluation set in the folder is kept out of training, used or not.
   kept_out = evals + [n for n in datasets.HELD_BACK if n not in evals + train
                       and datasets.find(n, t.data_dir)]
   sets = {n: datasets.load(n, t.data_dir, t.cache_dir)
@@ -93,8 +94,9 @@ class Math:
     report: dict of counts and rejected rows, written to the workdir.
   """
 
-  def __init__(self, task_config, seed, sets, train, evals, kept_out):
-    """Choose the rows; `fit` drops what is too long.
+  def __init__(self, task_config: config_lib.Task, seed, sets, train, evals,
+               kept_out):
+    """Choose the rows; `fit` later drops prompts that are too long.
 
     Args:
       task_config: `config.Task`.
@@ -142,10 +144,10 @@ class Math:
     self._verifier = verifiers.MathVerifier(t.timeout_s, t.processes)
 
   def fit(self, max_prompt):
-    """Leave out the prompts of more tokens than rollout.max_prompt.
+    """Drop the prompts of more than max_prompt tokens.
 
     Raises:
-      config.ConfigError: none is left to train on.
+      config.ConfigError: no training prompt is left.
     """
     def short(name, examples):
       kept = [e for e in examples
@@ -167,7 +169,7 @@ class Math:
           f'{max_prompt} or change task.train ({self.report})')
 
   def prompts(self, step, count):
-    """Return training problems, none twice in a step where there are enough."""
+    """Return training problems, without repetition if there are enough."""
     rng = np.random.default_rng([self._seed, _TRAIN, step])
     n = len(self._train)
     return [self._train[i] for i in rng.choice(n, count, replace=count > n)]
@@ -197,7 +199,7 @@ class Math:
                                   [e.prompt for e in examples])
 
   def counts(self):
-    """Return what went wrong in the verifier so far."""
+    """Return the verifier's failures so far, {name: count}."""
     return dict(self._verifier.counts)
 
   def close(self):
@@ -206,7 +208,7 @@ class Math:
 
 
 def _cut(rows, most):
-  """Return at most `most` rows, in order, the same ones for every seed."""
+  """Return at most `most` rows, in order; the same rows for every seed."""
   if len(rows) <= most:
     return rows
   order = np.random.default_rng([_CUT]).permutation(len(rows))[:most]

@@ -1,7 +1,7 @@
-"""The real programs, compiled ahead of time for a slice that is not here.
+"""The programs of a run, compiled ahead of time for a slice not at hand.
 
-`libtpu` (extra `tpu`) compiles for any topology without a TPU; what it says
-of memory is what a chip would need, and its text what a chip would run.
+`libtpu` (extra `tpu`) compiles for any topology without a TPU; the memory that
+it reports is what a chip would need, and the program what a chip would run.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from mtp_rl import config as config_lib
 from mtp_rl import (
   forward,
-  hlo,
+  metrics,
+  regimes,
   sharding,
   tokenizers,
   train_step,
@@ -27,11 +28,13 @@ from mtp_rl import (
   types,
   validate,
 )
+from mtp_rl.aot import hlo
+from mtp_rl.report import tables
 from mtp_rl.rollout import layout, sampler
 
 GIB = 2 ** 30
-# Asynchronous work of the sparse cores is newer than jaxlib's reader of
-# programs: it stays on the tensor core, or the text could not be read.
+# jaxlib cannot parse asynchronous SparseCore operations in a program's text,
+# which is read here, so they are disabled.
 OPTIONS = {'xla_tpu_offload_gather_to_sparsecore': 'false',
            'xla_tpu_enable_offloading_scatter_to_sparsecore': 'false'}
 
@@ -43,7 +46,7 @@ class Chip(NamedTuple):
     flops: bfloat16 FLOP/s.
     memory: bytes of HBM.
     bandwidth: bytes/s of HBM.
-    links: bytes/s of all interchip links together, one way.
+    links: bytes/s of all inter-chip links together, one way.
   """
   flops: float
   memory: float
@@ -63,14 +66,16 @@ class Row(NamedTuple):
 
   Attributes:
     name: of the program.
-    tokens: that one call reads, all chips together.
+    tokens: number of tokens that one call reads, on all chips together.
     error: None, or why it could not be compiled.
     seconds: of compilation.
     arguments, temporaries: bytes.
-    beside: bytes of the run's state that are no arguments, and stay.
-    peak: bytes of all that lies on the chip.
+    beside: bytes of the run's state that stay on the chip without being
+      arguments of the program.
+    peak: bytes of everything on the chip.
     summary: `hlo.Summary`.
-    bounds: seconds by the chip's FLOP/s, bandwidth and links.
+    bounds: dict of lower bounds on the seconds of a call, by the chip's FLOP/s,
+      memory bandwidth and links.
   """
   name: str
   tokens: int
@@ -99,13 +104,13 @@ def chip(topology):
 
 
 def devices(topology):
-  """Return the devices of a slice; they can be compiled for, not used.
+  """Return the devices of a slice, which can be compiled for but not used.
 
   Raises:
     config.ConfigError: libtpu is not installed, or does not know the slice.
   """
   chip(topology)
-  for name, value in (  # libtpu would ask the cloud where it runs
+  for name, value in (  # else libtpu asks the cloud where it runs
       ('TPU_SKIP_MDS_QUERY', '1'), ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
       ('TPU_WORKER_HOSTNAMES', 'localhost'), ('TPU_WORKER_ID', '0'),
       ('TPU_ACCELERATOR_TYPE', topology.split(':')[0] + '-8')):
@@ -121,46 +126,46 @@ def devices(topology):
         'v5p:4x4x4') from e
 
 
-def _batch(config, mesh):
+def _batch(config: config_lib.Config, mesh):
   """Return an abstract minibatch in its shards."""
   rows = config.rl.prompts // config.rl.minibatches * config.rl.group
   r, s = config.rollout.max_prompt, config.rollout.max_response
-  packed = config.rl.pack  # at worst into as many rows; all columns score
+  packed = config.rl.pack  # at worst as many rows; all columns are scored
   scored = r + s if packed else s
   put = lambda shape, dtype: jax.ShapeDtypeStruct(
       shape, dtype, sharding=sharding.batch_sharding(mesh))
   logp = put((rows, scored), jnp.float32)
   return types.RolloutBatch(
       put((rows, r + s), jnp.int32),
-      put((rows, r + s), jnp.int32 if packed else bool),
-      put((rows, scored), bool), logp, logp,
-      put((rows, scored, config.mtp.heads), jnp.float32), logp, logp)
+      put((rows, r + s), bool), put((rows, scored), bool), logp, logp,
+      put((rows, scored, config.mtp.modules), jnp.float32), logp, logp,
+      put((rows, r + s), jnp.int32) if packed else None)
 
 
-def update(steps, config, mesh):
+def update(steps, config: config_lib.Config, mesh):
   """Return (lowered, tokens) of one optimiser update of a config's regime."""
   batch = _batch(config, mesh)
   return steps.update.lower(steps.abstract, batch), math.prod(
       batch.tokens.shape)
 
 
-def score(steps, config, mesh):
+def score(steps, config: config_lib.Config, mesh):
   """Return (lowered, tokens) of the log-probs of one minibatch of samples."""
   batch = _batch(dataclasses.replace(
       config, rl=dataclasses.replace(config.rl, pack=False)), mesh)
-  return steps.score.lower(steps.abstract.params, batch.tokens,
-                           batch.valid), math.prod(batch.tokens.shape)
+  return steps.score.lower(steps.abstract.params, batch.rows), math.prod(
+      batch.tokens.shape)
 
 
-def rollout(name, params, config, vocab_size, mesh):
+def rollout(name, params, config: config_lib.Config, mesh):
   """Return (lowered, tokens) of a part of the sampler.
 
   'prefill' reads all prompts of an RL step and copies their caches to the
   samples, 'decode' adds one token to every sample, 'rollout' is the whole
-  loop as a run has it. `params` are those of the sampling layout.
+  loop as in a run. `params` are abstract, in the sampling layout.
   """
   ends, group = tokenizers.CharTokenizer('').ends, config.rl.group
-  fixed = dict(config=config, vocab_size=vocab_size, ends=ends)
+  fixed = dict(config=config, ends=ends)
   mesh = layout.sampling_mesh(config, mesh)
   rows = sharding.batch_sharding(mesh)
   shape = config.rl.prompts, config.rollout.max_prompt
@@ -170,9 +175,9 @@ def rollout(name, params, config, vocab_size, mesh):
   prefill = lambda *args: sampler.prefill(*args, group=group, **fixed)
   state = jax.eval_shape(prefill, params, prompts, valid, key)
   whole = NamedSharding(mesh, P())
-  cache = NamedSharding(mesh, P(None, sharding.BATCH, 'model'
+  cache = NamedSharding(mesh, P(None, sharding.BATCH, 'tensor'
                                 if config.model.n_kv_heads
-                                % mesh.shape['model'] == 0 else None))
+                                % mesh.shape['tensor'] == 0 else None))
   placed = state._replace(
       step=whole, key=whole, cache=jax.tree.map(lambda _: cache, state.cache),
       **{n: rows for n in ('tokens', 'valid', 'logprobs', 'logits', 'done')})
@@ -196,7 +201,7 @@ def rollout(name, params, config, vocab_size, mesh):
 SAMPLING = ('prefill', 'decode', 'rollout')
 
 
-def resolve(name, config):
+def resolve(name, config: config_lib.Config):
   """Return the config that a program's name stands for.
 
   Args:
@@ -204,22 +209,22 @@ def resolve(name, config):
     config: `config.Config`.
 
   Raises:
-    config.ConfigError: there is no such program, or the config has none.
+    config.ConfigError: there is no such program, or not under this config.
   """
-  if name == 'reshard' and not (config.rollout.model or config.rollout.expert):
+  if name == 'reshard' and not (config.rollout.tensor or config.rollout.expert):
     raise config_lib.ConfigError(
         'program reshard moves parameters to the sampling layout, but '
-        'rollout.model=0; set it, or leave the program out')
+        'rollout.tensor=0; set it, or leave the program out')
   if name in (*SAMPLING, 'reshard', 'score'):
     return config
   regime, _, estimator = name.partition(':')
-  if regime not in config_lib.REGIMES:
+  if regime not in regimes.REGIMES:
     raise config_lib.ConfigError(
         f'program {name!r} is unknown; choose a regime '
-        f'({", ".join(config_lib.REGIMES)}), occ:ESTIMATOR, '
+        f'({", ".join(regimes.REGIMES)}), occ:ESTIMATOR, '
         f'{", ".join(SAMPLING)}, score or reshard')
   if regime != 'occ' and not estimator:
-    estimator = 'logprob'  # the config's is that of its own regime
+    estimator = 'logprob'  # the config's estimator is for its own regime
   config = dataclasses.replace(
       config, mtp=dataclasses.replace(config.mtp, regime=regime),
       occ=dataclasses.replace(
@@ -234,16 +239,16 @@ def _shard_bytes(tree_):
              for x in jax.tree.leaves(tree_))
 
 
-def _program(name, config, vocab_size, mesh):
-  """Return what `compile_row` needs of a program: lowered to beside."""
-  steps = train_step.make(config, vocab_size, mesh)
+def _program(name, config: config_lib.Config, mesh):
+  """Return a program's lowered, tokens, params, beside; see `compile_row`."""
+  steps = train_step.make(config, mesh)
   state, params = steps.abstract, steps.abstract.params
   resident = _shard_bytes(state) + (
       _shard_bytes(params) if config.rl.kl_coef else 0)
   if name in SAMPLING:
     read = layout.abstract(params, config, mesh)
     beside = resident - (_shard_bytes(params) if read is params else 0)
-    return *rollout(name, read, config, vocab_size, mesh), read, beside
+    return *rollout(name, read, config, mesh), read, beside
   if name == 'reshard':
     move = layout.mover(params, config, mesh)
     return move.lower(params), 0, params, resident - _shard_bytes(params)
@@ -253,7 +258,7 @@ def _program(name, config, vocab_size, mesh):
   return *update(steps, config, mesh), params, resident - _shard_bytes(state)
 
 
-def compile_all(config, topology, programs):
+def compile_all(config: config_lib.Config, topology, programs):
   """Compile the programs of a config for a slice; yield a `Row` each.
 
   Args:
@@ -265,8 +270,7 @@ def compile_all(config, topology, programs):
     config.ConfigError: the config does not suit the slice.
   """
   validate.validate(config)
-  v = config.model.vocab_size
-  if not v:
+  if not config.model.vocab_size:
     raise config_lib.ConfigError(
         'model.vocab_size=0 stands for the tokenizer\'s, which is not read '
         'here; set model.vocab_size')
@@ -274,14 +278,16 @@ def compile_all(config, topology, programs):
   mesh = sharding.make_mesh(config.mesh, devices(topology))
   for name, used in zip(programs, configs):
     with jax.set_mesh(mesh):
-      program = _program(name, used, v, mesh)
-    yield compile_row(name, *program, chip(topology), v)
+      program = _program(name, used, mesh)
+    yield compile_row(name, *program, chip(topology),
+                      config.model.vocab_size)
 
 
 def _known_shapes(params, vocab_size):
   """Return the sizes of a vocabulary axis, and `hlo.folded` parameters.
 
-  Of both those of the whole and those on one device, axis by axis.
+  Both include the sizes of the whole array and those on one device, in every
+  combination of axes.
   """
   vocabularies, known = {vocab_size}, set()
   for x in jax.tree.leaves(params):
@@ -297,9 +303,9 @@ def compile_row(name, lowered, tokens, params, beside, target, vocab_size):
   Args:
     name: of the program.
     lowered: from `update`, `score` or `rollout`.
-    tokens: that it reads.
+    tokens: number of tokens that it reads.
     params: abstract parameters that it reads.
-    beside: bytes on a chip that are no arguments of it.
+    beside: see `Row`.
     target: `Chip`.
     vocab_size: V.
   """
@@ -314,7 +320,7 @@ def compile_row(name, lowered, tokens, params, beside, target, vocab_size):
   try:
     summary = hlo.summarise(compiled.as_text(),
                             *_known_shapes(params, vocab_size))
-  except jax.errors.JaxRuntimeError as e:  # a newer libtpu than jaxlib
+  except jax.errors.JaxRuntimeError as e:  # libtpu is newer than jaxlib
     return Row(name, tokens, f'compiled, but its text cannot be read: {e}'[
         :300], seconds)
   moved = (m.argument_size_in_bytes + m.output_size_in_bytes
@@ -350,40 +356,31 @@ def describe(row, target):
   return '\n'.join(lines)
 
 
-def table(rows, config, topology):
+def table(rows, config: config_lib.Config, topology):
   """Return the table of all rows, in Markdown."""
-  params = jax.eval_shape(
-      lambda: forward.init(config, config.model.vocab_size, jax.random.key(0)))
-  count = sum(x.size for x in jax.tree.leaves(params))
-  head = sum(x.size for x in jax.tree.leaves(tree.head(params)))
+  params = jax.eval_shape(lambda: forward.init(config, jax.random.key(0)))
+  size = lambda x: sum(leaf.size for leaf in jax.tree.leaves(x))
   g = lambda x: f'{x / GIB:.2f}'
-  lines = [
-      f'{topology}, mesh {dataclasses.asdict(config.mesh)}: {count:,} '
-      f'parameters, {head:,} of them in MTP modules; numbers of one chip',
-      '', '| program | tokens | compile s | arguments GiB | temporaries GiB | '
-      'beside GiB | peak GiB | PFLOP | collectives GiB | at least, s |',
-      '|' + '---|' * 10]
+  lines = []
   for row in rows:
+    start = [row.name, str(row.tokens), f'{row.seconds:.0f}']
     if row.error:
-      lines.append(f'| {row.name} | {row.tokens} | {row.seconds:.0f} | '
-                   f'{row.error} |' + ' |' * 6)
+      lines.append([*start, row.error] + [''] * 6)
       continue
     moved = ', '.join(f'{k} {g(v)}' for k, v in sorted(
         row.summary.collectives.items())) or '0'
     slowest = max(row.bounds, key=row.bounds.get)
-    lines.append(
-        f'| {row.name} | {row.tokens} | {row.seconds:.0f} | '
-        f'{g(row.arguments)} | {g(row.temporaries)} | {g(row.beside)} | '
-        f'{g(row.peak)} | '
-        f'{row.summary.flops / 1e15:.4f} | {moved} | '
-        f'{row.bounds[slowest]:.4f} ({slowest}) |')
-  return '\n'.join(lines)
+    lines.append([*start, g(row.arguments), g(row.temporaries), g(row.beside),
+                  g(row.peak), f'{row.summary.flops / 1e15:.4f}', moved,
+                  f'{row.bounds[slowest]:.4f} ({slowest})'])
+  return (f'{topology}, mesh {dataclasses.asdict(config.mesh)}: '
+          f'{size(params):,} parameters, {size(tree.psi(params)):,} of them in '
+          'MTP modules; numbers of one chip\n\n' + tables.markdown(
+              ['program', 'tokens', 'compile s', 'arguments GiB',
+               'temporaries GiB', 'beside GiB', 'peak GiB', 'PFLOP',
+               'collectives GiB', 'at least, s'], lines))
 
 
 def to_dict(row, target):
   """Return a `Row` as JSON-ready values."""
-  out = row._asdict() | {'fits': fits(row, target)}
-  if row.summary:
-    out['summary'] = row.summary._asdict()
-  return {k: (None if isinstance(v, float) and math.isnan(v) else v)
-          for k, v in out.items()}
+  return metrics.to_json(row._asdict() | {'fits': fits(row, target)})

@@ -1,13 +1,16 @@
 """Greedy accuracy, avg@k, pass@k and maj@k on held-out problems."""
 
 import collections
-import functools
 import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from mtp_rl import distributed, sharding
+from mtp_rl import config as config_lib
+from mtp_rl import distributed, prng, sharding
 from mtp_rl.rollout import layout, sampler
 
 
@@ -29,7 +32,7 @@ def pass_at_k(correct, samples, k):
 def majority(answers, rewards):
   """Return the reward of the most frequent answer; ties split evenly.
 
-  Empty answers do not vote; 0.0 where no answer votes.
+  Empty answers do not vote; without any vote the reward is 0.0.
   """
   votes = collections.Counter(a for a in answers if a)
   if not votes:
@@ -40,74 +43,58 @@ def majority(answers, rewards):
   return sum(value[a] for a in best) / len(best)
 
 
-def make_generate(config, vocab_size, mesh, abstract, ends, group,
-                  greedy=False):
-  """Return the jitted (params, prompts, valid, key) -> Tokens, log-probs.
+class Examiner(NamedTuple):
+  """What `measure` needs to score parameters.
 
-  Prompts are NumPy arrays, the same in every process, or on devices already.
-
-  Args:
+  Attributes:
     config: `config.Config`.
-    vocab_size: V.
-    mesh: the device mesh of training.
-    abstract: its parameters as ShapeDtypeStructs with shardings; those that
-      are passed must lie as `layout.make_place` puts them.
-    ends: `tokenizers.Ends`.
-    group: samples a prompt.
-    greedy: take the most likely token instead of sampling.
+    task: see `tasks.Task`.
+    place: function that moves parameters to the sampler's layout; from
+      `layout.make_place`.
+    greedy: from `sampler.make_generate`, one greedy completion per prompt.
+    several: from `sampler.make_generate`, eval.samples completions per prompt;
+      None: greedy alone.
+    key: PRNG key of the stream; see `prng`.
   """
-  shardings = jax.tree.map(lambda x: x.sharding,
-                           layout.abstract(abstract, config, mesh))
-  mesh, trained = layout.sampling_mesh(config, mesh), mesh
-  rows = sharding.batch_sharding(mesh)
-  jitted = jax.jit(
-      functools.partial(sampler.generate, config=config, vocab_size=vocab_size,
-                        ends=ends, group=group, greedy=greedy),
-      in_shardings=(shardings, rows, rows, None), out_shardings=(rows, rows))
-
-  def generate(params, prompts, valid, key):
-    if mesh is not trained:  # a key belongs to the mesh that it was made on
-      key = np.asarray(jax.random.key_data(key))
-    with jax.set_mesh(mesh):
-      if mesh is not trained:
-        key = jax.random.wrap_key_data(key)
-      return jitted(params, *distributed.put((prompts, valid), rows), key)
-
-  return generate
+  config: config_lib.Config
+  task: Any
+  place: Callable
+  greedy: Callable
+  several: Callable | None
+  key: jax.Array
 
 
-def complete(generate, params, examples, size, key, task, config):
+def complete(examiner: Examiner, generate, placed, examples, size, key):
   """Return the completions (a list of G texts) of every example, in order.
 
   Args:
-    generate: from `make_generate`.
-    params: the model's parameters.
-    examples: at most `size`; filled up by repetition.
-    size: prompts of a generation, one shape for all batches of a set.
+    examiner: `Examiner`.
+    generate: its `greedy` or `several`.
+    placed: parameters in the sampler's layout; see `Examiner.place`.
+    examples: list of at most `size`; the first is repeated to fill the batch.
+    size: prompts of one generation, the same for all batches of a set.
     key: PRNG key.
-    task: see `tasks.Task`.
-    config: `config.Config`.
   """
+  tokenizer, r = examiner.task.tokenizer, examiner.config.rollout
   some = [e.prompt for e in examples]
   filled = some + some[:1] * (size - len(some))
-  prompts, valid = sampler.pad_prompts(filled, task.tokenizer,
-                                       config.rollout.max_prompt)
-  tokens, _ = generate(params, prompts, valid, key)
-  response = distributed.fetch(tokens.tokens)[:, config.rollout.max_prompt:]
+  prompts, valid = sampler.pad_prompts(filled, tokenizer, r.max_prompt)
+  tokens, _ = generate(placed, prompts, valid, key)
+  response = distributed.fetch(tokens.tokens)[:, r.max_prompt:]
   group = response.shape[0] // size
-  texts = [task.tokenizer.decode(row) for row in response]
+  texts = [tokenizer.decode(row) for row in response]
   return [texts[i * group:(i + 1) * group] for i in range(len(some))]
 
 
-def _batch_size(examples, config):
-  """Return the prompts of a generation: a multiple of 8 and of the devices."""
+def _batch_size(examples, config: config_lib.Config):
+  """Return the prompts of one generation, a multiple of the devices."""
   size = min(config.eval.batch, -(-len(examples) // 8) * 8)
   devices = sharding.batch_devices(layout.sampling_config(config).mesh)
   return -(-size // devices) * devices
 
 
 def _score(name, mode, start, examples, texts, task):
-  """Return one dict a completion, rewarded."""
+  """Return one dict for each completion, with its reward."""
   asked = [e for e, group in zip(examples, texts) for _ in group]
   given = [t for group in texts for t in group]
   rewards = iter(distributed.split(
@@ -119,43 +106,48 @@ def _score(name, mode, start, examples, texts, task):
           for j, t in enumerate(group)]
 
 
-def measure(params, task, generate_greedy, generate, config, key, log=None):
+def measure(examiner: Examiner, params, log=None):
   """Score every held-out set, problem by problem.
 
   Args:
-    params: the model's parameters, in the sampler's layout.
-    task: see `tasks.Task`.
-    generate_greedy: from `make_generate`, one greedy completion.
-    generate: from `make_generate`, eval.samples a prompt; None: greedy only.
-    config: `config.Config`.
-    key: PRNG key of the samples.
-    log: None, or what keeps a row a completion: `get(set, mode, problems, k)`
-      returns the rows of some problems or None, `add(rows)` keeps them.
+    examiner: `Examiner`.
+    params: the model's parameters.
+    log: None, or a `scoring.RowLog` of one row per completion:
+      `get(set, mode, problems, k)` returns the rows of some problems or None,
+      `add(rows)` stores rows.
 
   Returns:
     dict of 'val/<set>/{greedy,avg@k,pass@k,maj@k}' (pass@k also for the powers
     of two below k), float arrays [problems].
   """
-  out = {}
+  out, task = {}, examiner.task
+  placed = examiner.place(params)
   for name, examples in task.held_out().items():
-    passes = [('greedy', generate_greedy, 1)]
-    if generate is not None:
-      passes.append(('sample', generate, config.eval.samples))
-    size = _batch_size(examples, config)
-    for mode, function, k in passes:
+    passes = [('greedy', examiner.greedy, 1)]
+    if examiner.several is not None:
+      passes.append(('sample', examiner.several, examiner.config.eval.samples))
+    size = _batch_size(examples, examiner.config)
+    for mode, generate, k in passes:
       rows = []
       for start in range(0, len(examples), size):
         some = examples[start:start + size]
         seen = log and log.get(name, mode, range(start, start + len(some)), k)
         if not distributed.all_of(seen):
-          texts = complete(function, params, some, size,
-                           jax.random.fold_in(key, start), task, config)
+          texts = complete(examiner, generate, placed, some, size,
+                           prng.fold(examiner.key, start))
           seen = _score(name, mode, start, some, texts, task)
           if log:
             log.add(seen)
         rows += seen
       out |= summarise(name, mode, rows, len(rows) // len(examples))
   return out
+
+
+def means(examiner: Examiner, params):
+  """Return the mean of each score of `measure`, and the seconds it took."""
+  start = time.perf_counter()
+  values = {k: float(v.mean()) for k, v in measure(examiner, params).items()}
+  return values | {'timing_s/eval': time.perf_counter() - start}
 
 
 def summarise(name, mode, rows, k):

@@ -1,12 +1,8 @@
 """The figures of a run, drawn from its metrics alone."""
 
-import os
-
-import matplotlib
 from matplotlib import figure as mpl_figure
 
-matplotlib.rcParams['svg.hashsalt'] = 'mtp_rl'
-_BLUE, _ORANGE, _GREEN, _GREY = '#2060a8', '#d8702a', '#3a8f5c', '#909090'
+from mtp_rl.report import style
 
 
 def _series(rows, name):
@@ -15,79 +11,77 @@ def _series(rows, name):
 
 
 def _panel(axis, rows, curves, title, **limits):
-  for name, label, style in curves:
+  for name, label, line in curves:
     x, y = _series(rows, name)
     if x:
-      axis.plot(x, y, label=label, **style)
+      axis.plot(x, y, label=label, **line)
   axis.set(title=title, xlabel='RL step', **limits)
   axis.grid(alpha=.25)
   if axis.lines:
     axis.legend(frameon=False, fontsize=8)
 
 
-def _save(figure, directory, name):
-  figure.savefig(os.path.join(directory, name + '.png'), dpi=110)
+def _new(columns, title, height=3.6):
+  figure, axes = style.new(1, columns, (4.6 * columns, height), title)
+  return figure, axes[0]
 
 
-def _new(columns, height=3.6):
-  figure = mpl_figure.Figure(figsize=(4.6 * columns, height),
-                             layout='constrained')
-  return figure, figure.subplots(1, columns, squeeze=False)[0]
+def _measured(rows, what):
+  """Return [(metric, label)] of an estimator's value, such as 'c' or 'cos'."""
+  names = {n for r in rows for n in r}
+  return [(n, f'{n.split("/")[1]} (gradients)') for n in sorted(names)
+          if n.startswith('occ/') and n.count('/') == 2
+          and n.endswith('/' + what)]
 
 
 def learning(rows, directory, title):
   """Draw reward and held-out accuracy against the RL step."""
-  figure, (left, right) = _new(2)
-  _panel(left, rows, [('reward/mean', 'samples', dict(color=_BLUE, lw=1))],
+  figure, (left, right) = _new(2, title)
+  _panel(left, rows, [('reward/mean', 'samples', dict(color=style.BLUE, lw=1))],
          'mean reward of the rollouts', ylim=(0, 1.02))
   names = sorted({n for r in rows for n in r if n.startswith('val/') and
                   n.rsplit('/', 1)[1].startswith(('greedy', 'avg@'))})
-  colours = (_BLUE, _ORANGE, _GREEN, _GREY)
+  colours = (style.BLUE, style.ORANGE, style.GREEN, style.GREY)
   curves = [(n, n[4:], dict(color=colours[i % 4], marker='o', ms=3, lw=1.2))
             for i, n in enumerate(names)]
   _panel(right, rows, curves, 'held-out accuracy', ylim=(0, 1.02))
-  figure.suptitle(title, fontsize=10)
-  _save(figure, directory, 'learning')
+  style.save(figure, directory, 'learning')
 
 
 def coefficient(rows, directory, title):
   """Draw lambda, the c-proxy <delta_RL, delta_MTP>, and their cosine."""
-  figure, axes = _new(3)
-  style = lambda colour: dict(color=colour, lw=1)
-  _panel(axes[0], rows, [('occ/lambda', 'lambda', style(_BLUE))],
+  figure, axes = _new(3, title)
+  line = lambda colour: dict(color=colour, lw=1)
+  measured = lambda what: [
+      (name, label, line(style.GREEN)) for name, label in _measured(rows, what)
+      if not name.startswith(('occ/logprob/', 'occ/authors/'))]
+  _panel(axes[0], rows, [('occ/lambda', 'lambda', line(style.BLUE))],
          'coefficient lambda')
-  _panel(axes[1], rows, [
-      ('occ/dot', 'log-prob proxy', style(_ORANGE)),
-      ('occ/readout/c', 'readout gradients', style(_GREY)),
-      ('occ/exact/c', 'gradients', style(_GREEN))],
-         'c = <RL, MTP>')
+  _panel(axes[1], rows, [('occ/dot', 'log-prob proxy', line(style.ORANGE)),
+                         *measured('c')], 'c = <RL, MTP>')
   axes[1].set_yscale('symlog', linthresh=1e-3)
-  _panel(axes[2], rows, [
-      ('occ/cos', 'log-prob proxy', style(_ORANGE)),
-      ('occ/readout/cos', 'readout gradients', style(_GREY)),
-      ('occ/exact/cos', 'gradients', style(_GREEN))],
-         'cosine of RL and MTP', ylim=(-1.05, 1.05))
+  _panel(axes[2], rows, [('occ/cos', 'log-prob proxy', line(style.ORANGE)),
+                         *measured('cos')], 'cosine of RL and MTP',
+         ylim=(-1.05, 1.05))
   for axis in axes:
-    axis.axhline(0, color=_GREY, lw=.6, zorder=0)
-  figure.suptitle(title, fontsize=10)
-  _save(figure, directory, 'occ')
+    axis.axhline(0, color=style.GREY, lw=.6, zorder=0)
+  style.save(figure, directory, 'occ')
 
 
 def acceptance(rows, directory, title):
-  """Draw how often each MTP head would be accepted as a drafter."""
-  figure, (left, right) = _new(2)
+  """Draw how often each MTP module would be accepted as a drafter."""
+  figure, (left, right) = _new(2, title)
   depths = sorted({n.split('/')[0] for r in rows for n in r
                    if n.startswith('mtp_') and n.endswith('accept_top1')})
-  colours = (_BLUE, _ORANGE, _GREEN, _GREY)
+  colours = (style.BLUE, style.ORANGE, style.GREEN, style.GREY)
   pick = lambda kind: [
       (f'{d}/{kind}', f'depth {d[4:]}', dict(color=colours[i % 4], lw=1.2))
       for i, d in enumerate(depths)]
-  _panel(left, rows, pick('accept_top1'), 'argmax of head = argmax of main',
+  _panel(left, rows, pick('accept_top1'), 'argmax of module = of main head',
          ylim=(0, 1.02))
   _panel(right, rows, pick('accept_expected'),
          'expected acceptance, sum min(p, q)', ylim=(0, 1.02))
-  figure.suptitle(title, fontsize=10)
-  _save(figure, directory, 'acceptance')
+  style.save(figure, directory, 'acceptance')
 
 
 def samples(rows, directory, title, limit=18):
@@ -97,7 +91,7 @@ def samples(rows, directory, title, limit=18):
     rows: dicts with 'step', 'prompt', 'completion', 'answer', 'reward'.
     directory: where samples.png goes.
     title: of the sheet.
-    limit: how many rows are shown, evenly spread over the run.
+    limit: most rows shown, evenly spread over the run.
   """
   count = min(limit, len(rows))
   rows = [rows[round(i * (len(rows) - 1) / max(count - 1, 1))]
@@ -110,9 +104,9 @@ def samples(rows, directory, title, limit=18):
   lines = [('step', 'prompt', 'completion', 'answer', 'reward', 'black')]
   lines += [(str(r['step']), cut(r['prompt'], 52), cut(r['completion'], 34),
              cut(r['answer'], 14), f'{r["reward"]:.2f}',
-             _GREEN if r['reward'] >= 1 else '#b03030') for r in rows]
+             style.GREEN if r['reward'] >= 1 else '#b03030') for r in rows]
   height = 1 / (len(lines) + 2)
-  # Columns as wide as their longest text, at most the cuts made above.
+  # Columns are as wide as their longest text (cut above).
   widths = [max(len(line[i]) for line in lines) + 3 for i in range(5)]
   starts = [sum(widths[:i]) * .0088 for i in range(5)]
   axis.text(0, 1 - height, ascii_text(title), fontsize=10, va='center')
@@ -121,7 +115,7 @@ def samples(rows, directory, title, limit=18):
       axis.text(x, 1 - (i + 2) * height, text, family='monospace', fontsize=7.5,
                 color=line[5], va='center', parse_math=False,
                 weight='bold' if i == 0 else 'normal')
-  _save(figure, directory, 'samples')
+  style.save(figure, directory, 'samples')
 
 
 def ascii_text(text):
@@ -134,8 +128,8 @@ def draw_all(rows, sample_rows, directory, title):
   """Draw every figure of a run into a directory.
 
   Args:
-    rows: of metrics.jsonl.
-    sample_rows: see `samples`; [] leaves that sheet out.
+    rows: list of rows of metrics.jsonl.
+    sample_rows: see `samples`; with [] that figure is left out.
     directory: where the PNG files go.
     title: one line above each figure.
   """

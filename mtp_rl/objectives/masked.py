@@ -1,11 +1,12 @@
-"""Masked reductions; each loss aggregation stands here once.
+"""Masked reductions and the aggregations of token losses.
 
-A row of a [B, S] array is one sequence, or `Sequences` says which sequences
-its columns belong to.
+Each row of a [B, S] array is one sequence, unless `Sequences` says which
+sequences its columns belong to.
 """
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -19,11 +20,11 @@ class Sequences(NamedTuple):
   Attributes:
     segments: int32 [B, S], the sequence of its row that a column belongs to,
       1 .. S, and 0 at padding; None where each row is one sequence.
-    longest: most tokens that a response may have, the constant of
+    max_response: rollout.max_response in tokens, the constant of
       'seq-mean-token-sum-norm'; None: S, where each row is one sequence.
   """
   segments: jax.Array | None = None
-  longest: int | None = None
+  max_response: int | None = None
 
 
 ROWS = Sequences()  # one sequence a row
@@ -44,14 +45,14 @@ def _by_sequence(x, segments):
   """Return the sums of x over each sequence, [B, 1] or [B, S + 1]."""
   if segments is None:
     return jnp.sum(x, axis=-1, keepdims=True)
-  # Row by row, so that a mesh may split them; a row of S columns has at most
-  # S sequences, whatever their number is.
+  # Row by row, so that a mesh can split the rows. S + 1 bins always suffice:
+  # a row of S columns has at most S sequences.
   add = lambda x, s: jax.ops.segment_sum(x, s, x.shape[0] + 1)
   return jax.vmap(add)(x, segments)
 
 
 def sequence_means(x, where, segments=None):
-  """Return the mean of x over each sequence's `where`, and how many they are.
+  """Return each sequence's mean of x over `where`, and its token count.
 
   Args:
     x: float [B, S].
@@ -68,7 +69,7 @@ def sequence_means(x, where, segments=None):
 
 
 def spread(values, segments=None):
-  """Return to each column what `sequence_means` gave its sequence.
+  """Broadcast each sequence's value to its columns; see `sequence_means`.
 
   Args:
     values: [B, 1] or [B, S + 1].
@@ -93,19 +94,21 @@ def aggregate(x, mask, how, sequences=ROWS):
     how: 'token-mean' (sum / valid tokens), 'seq-mean-token-sum',
       'seq-mean-token-mean' (both over sequences that have a valid token),
       or 'seq-mean-token-sum-norm' (sum / (sequences * S), the constant of
-      Dr.GRPO; `Sequences.longest` in place of S where it is given).
+      Dr.GRPO; `Sequences.max_response` in place of S where it is given).
     sequences: `Sequences`.
 
   Returns:
     float32 []; 0 where no token is valid.
 
   Raises:
-    ValueError: how is none of the four, or S is needed of sequences that
-      share rows.
+    ValueError: `how` is unknown, or sequences share rows and
+      'seq-mean-token-sum-norm' lacks `Sequences.max_response`.
   """
+  chex.assert_rank(x, 2)
+  chex.assert_equal_shape([x, mask])
   if how == 'token-mean':
     return mean(x, mask)
-  segments, longest = sequences
+  segments, max_response = sequences
   means, counts = sequence_means(x, mask, segments)
   filled = jnp.maximum(jnp.sum(counts > 0), 1)
   if how == 'seq-mean-token-sum':
@@ -113,9 +116,9 @@ def aggregate(x, mask, how, sequences=ROWS):
   if how == 'seq-mean-token-mean':
     return jnp.sum(means) / filled
   if how == 'seq-mean-token-sum-norm':
-    if segments is not None and longest is None:
-      raise ValueError('the columns of a packed row are no response length; '
-                       'set Sequences.longest')
-    return total(x, mask) / (filled * (longest or x.shape[-1]))
+    if segments is not None and max_response is None:
+      raise ValueError('a packed row does not tell the longest response; '
+                       'set Sequences.max_response')
+    return total(x, mask) / (filled * (max_response or x.shape[-1]))
   raise ValueError(f'aggregation {how!r} is none of {AGGREGATIONS}')
 

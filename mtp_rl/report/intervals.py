@@ -5,42 +5,15 @@ import statistics
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 
 class Interval(NamedTuple):
-  """Mean over n seeds and its 95 % interval; low and high None for n < 2."""
+  """Mean of n values and its 95 % interval; low, high are None if n < 2."""
   mean: float
   low: float | None
   high: float | None
   n: int
-
-
-def t_quantile(confidence, freedom):
-  """Return t with P(|T| < t) = confidence, for integer degrees of freedom.
-
-  Source: Abramowitz and Stegun 26.7.3 and 26.7.4, solved by bisection.
-  """
-  def inside(t):
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine, term, total = math.cos(angle), 1., 0.
-    for k in range(freedom % 2, freedom - 1, 2):
-      if k == 1:
-        term = cosine
-      elif k:
-        term *= cosine ** 2 * (k - 1) / k
-      total += term
-    if freedom % 2:
-      return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
-
-  low, high = 0., 1.
-  while inside(high) < confidence:
-    high *= 2
-  for _ in range(100):
-    middle = (low + high) / 2
-    low, high = ((middle, high) if inside(middle) < confidence
-                 else (low, middle))
-  return high
 
 
 def interval(values):
@@ -51,8 +24,8 @@ def interval(values):
   mean = statistics.fmean(values)
   if len(values) < 2:
     return Interval(mean, None, None, 1)
-  half = (t_quantile(.95, len(values) - 1) * statistics.stdev(values)
-          / math.sqrt(len(values)))
+  half = float(stats.t.ppf(.975, len(values) - 1)) * (
+      statistics.stdev(values) / math.sqrt(len(values)))
   return Interval(mean, mean - half, mean + half, len(values))
 
 
@@ -74,9 +47,9 @@ def bootstrap(scores, seed=0, draws=2000, level=.95):
 
   Args:
     scores: float [N].
-    seed: int; the interval is a function of its arguments.
-    draws: resamples.
-    level: of confidence.
+    seed: int; equal arguments give equal intervals.
+    draws: number of resamples.
+    level: confidence level.
   """
   scores = np.asarray(scores, np.float64)
   rng = np.random.default_rng(seed)

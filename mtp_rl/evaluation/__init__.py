@@ -1,0 +1,1 @@
+"""Held-out accuracy of parameters, and of saved checkpoints."""

@@ -1,0 +1,1 @@
+"""Figures, intervals and tables: what people look at."""

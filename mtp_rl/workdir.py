@@ -1,0 +1,202 @@
+"""A run and its workdir: everything that is checked before long work starts.
+
+A workdir holds config.json, tokenizer.json, data.json (tasks with data sets),
+warmup.jsonl, metrics.jsonl, samples.jsonl, events/, figures/,
+checkpoints/{warmup,rl}/ and summary.json; experiments/README.md says what each
+is.
+"""
+
+import json
+import os
+from typing import Any, NamedTuple
+
+import jax
+
+from mtp_rl import (
+  checkpoint,
+  distributed,
+  metrics,
+  prng,
+  sharding,
+  tasks,
+  tokenizers,
+  validate,
+)
+from mtp_rl import config as config_lib
+from mtp_rl.models import pretrained
+from mtp_rl.rollout import sampler
+
+# Fields that may change when a workdir is resumed. rl.steps may as well under a
+# constant schedule; under others the learning rate depends on it.
+_MAY_CHANGE = ('eval.every', 'run.checkpoint_every', 'run.keep',
+               'run.progress')
+
+
+class Run(NamedTuple):
+  """What the phases of a run share.
+
+  Attributes:
+    config: `config.Config`, its vocabulary resolved.
+    workdir: directory.
+    task: see `tasks.Task`.
+    mesh: the device mesh of training.
+    key: PRNG key from `prng.run_key`.
+  """
+  config: config_lib.Config
+  workdir: str
+  task: Any
+  mesh: jax.sharding.Mesh
+  key: jax.Array
+
+  def path(self, *names):
+    """Return a path inside the workdir."""
+    return os.path.join(self.workdir, *names)
+
+  def checkpoints(self, phase):
+    """Return the directory of a phase's checkpoints ('warmup' or 'rl').
+
+    With warmup.init, the warm-up's are those of that workdir.
+    """
+    home = self.config.warmup.init if phase == 'warmup' else ''
+    return os.path.join(home or self.workdir, 'checkpoints', phase)
+
+
+def setup(config: config_lib.Config, workdir):
+  """Check everything that can be checked before long work, and return a `Run`.
+
+  Raises:
+    config.ConfigError: one sentence on what is wrong and how to fix it.
+  """
+  validate.validate(config)
+  mesh = sharding.make_mesh(config.mesh)
+  path = os.path.join(workdir, 'config.json')
+  with distributed.together():
+    checkpoint.prepare_workdir(workdir)
+    _same_config(path, config)
+  task = distributed.in_turn(lambda: tasks.make(config))
+  with distributed.together():
+    if config.warmup.init:
+      task.tokenizer = _tokenizer_of_warmup(config.warmup.init)
+    _check_lengths(config, task)
+    run = _run(config, workdir, task, mesh)
+    _check_pretrained(run)
+  report = getattr(task, 'report', None)
+  data = os.path.join(workdir, 'data.json')
+  with distributed.together():
+    if report is not None:
+      _same_data(data, report)
+  differing = distributed.differing({
+      'config': config_lib.to_dict(config),
+      'tokenizer': task.tokenizer.to_dict(), 'data': report})
+  if differing:
+    raise config_lib.ConfigError(
+        f'the processes differ in {", ".join(differing)}; start all of them '
+        'with the same command on the same files')
+  metrics.write_json(path, config_lib.to_dict(config))
+  metrics.write_json(os.path.join(workdir, 'tokenizer.json'),
+                     task.tokenizer.to_dict())
+  if report is not None:
+    metrics.write_json(data, report)
+  return run
+
+
+def _run(config: config_lib.Config, workdir, task, mesh):
+  config = config_lib.with_vocabulary(config, task.tokenizer.vocab_size)
+  return Run(config, workdir, task, mesh, prng.run_key(config.seed))
+
+
+def reopen(config: config_lib.Config, workdir):
+  """Return the `Run` of a workdir, under its config or a variant of it.
+
+  Raises:
+    config.ConfigError: the config cannot work, or the workdir is damaged.
+  """
+  validate.validate(config)
+  mesh = sharding.make_mesh(config.mesh)
+  task = distributed.in_turn(lambda: tasks.make(config))
+  with distributed.together():
+    task.tokenizer = load_tokenizer(workdir)
+  return _run(config, workdir, task, mesh)
+
+
+def existing_checkpoints(run: Run, phase):
+  """Return the directory of a phase's checkpoints in the run's own workdir.
+
+  Raises:
+    config.ConfigError: there is none.
+  """
+  where = run.path('checkpoints', phase)
+  if not os.path.isdir(where):
+    raise config_lib.ConfigError(f'{where} does not exist: this run has no '
+                                 f'{phase} checkpoint yet')
+  return where
+
+
+def _same_config(path, config: config_lib.Config):
+  """Raise ConfigError if a workdir was begun with another config."""
+  if not os.path.exists(path):
+    return
+  free = _MAY_CHANGE
+  if config.optim.schedule == 'constant':
+    free += ('rl.steps',)
+  changed = [n for n in config_lib.differences(config, config_lib.load(path))
+             if n not in free]
+  if changed:
+    raise config_lib.ConfigError(
+        f'workdir {os.path.dirname(path)} belongs to a run that differs in '
+        f'{", ".join(changed)}; choose another --workdir, or the same settings')
+
+
+def _check_lengths(config: config_lib.Config, task):
+  """Raise ConfigError if the longest texts of a task do not fit."""
+  r = config.rollout
+  for example in task.probe():
+    sampler.check_prompt(example.prompt,
+                         len(task.tokenizer.encode(example.prompt)),
+                         r.max_prompt)
+    if (config.warmup.steps and config.warmup.data == 'solutions'
+        and example.solution):
+      sampler.pad_supervised([example], task.tokenizer, r.max_prompt,
+                             r.max_response)
+
+
+def _check_pretrained(run):
+  """Raise ConfigError if pretrained weights, still to be read, do not fit."""
+  config, where = run.config, run.checkpoints('warmup')
+  started = os.path.isdir(where) and os.listdir(where)
+  if config.model.pretrained and not started:
+    pretrained.check(config.model.pretrained, config.model, config.mtp)
+
+
+def _same_data(path, report):
+  """Raise ConfigError if data files have changed since the run began."""
+  if os.path.exists(path):
+    with open(path, encoding='utf-8') as f:
+      before = json.load(f)['sha256']
+    changed = [n for n in before if before[n] != report['sha256'].get(n)]
+    if changed:
+      raise config_lib.ConfigError(
+          f'the files of {", ".join(changed)} have changed since {path} was '
+          'written; restore them, or choose another workdir')
+
+
+def _tokenizer_of_warmup(workdir):
+  """Return the tokenizer of a workdir whose warm-up is complete."""
+  steps = config_lib.load(os.path.join(workdir, 'config.json')).warmup.steps
+  directory = os.path.join(workdir, 'checkpoints', 'warmup', str(steps))
+  if not os.path.isdir(directory):
+    raise config_lib.ConfigError(
+        f'warmup.init={workdir} has no complete warm-up ({steps} steps); run '
+        'experiments.pretrain on it first')
+  return load_tokenizer(workdir)
+
+
+def load_tokenizer(workdir):
+  """Return the tokenizer of a workdir; raises config.ConfigError."""
+  path = os.path.join(workdir, 'tokenizer.json')
+  try:
+    with open(path, encoding='utf-8') as f:
+      return tokenizers.from_dict(json.load(f))
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise config_lib.ConfigError(
+        f'{path} cannot be read ({e}); name the workdir of a run') from e
