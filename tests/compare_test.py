@@ -160,7 +160,7 @@ def test_jobs_fail_alone_and_hold_up_only_what_needs_them(tmp_path):
                     lambda job, problem: seen.append(job.name))
   assert failed == {
       'bad': 'exit status 1: the reason',
-      'needs_bad': 'not started, for bad failed',
+      'needs_bad': 'not started, because bad failed',
       'lazy': 'exit status 0: it printed nothing'}
   assert sorted(seen) == sorted(job.name for job in todo)
   assert not os.path.exists(tmp_path / 'logs' / 'old')

@@ -28,6 +28,11 @@ if jaxlib.__version__.startswith('0.10.'):
                              + ' --xla_cpu_use_fusion_emitters=false')
 
 
+def long(*values):
+  """Return a parameter set that runs with `-m long` alone."""
+  return pytest.param(*values, marks=pytest.mark.long)
+
+
 def tiny_config(**sections):
   """Return the tests' config; each section's dict overrides its fields."""
   config = config_lib.Config(

@@ -147,8 +147,9 @@ def _state(workdir):
     return jax.device_get(saved.restore(abstract)), saved.steps()
 
 
-@pytest.mark.parametrize('other', ['1x8', '1x1'])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind, other', [
+    ('moe', '1x8'), conftest.long('moe', '1x1'), conftest.long('dense', '1x8'),
+    conftest.long('dense', '1x1')])
 def test_two_processes_are_one(kind, other, run):
   two, one = run(kind, '2x4'), run(kind, other)
   ours, theirs = _rows(two), _rows(one)
@@ -175,7 +176,7 @@ def test_one_process_writes(run):
   def names(workdir):
     return sorted(p.name for p in pathlib.Path(workdir).glob('*')) + sorted(
         p.name for p in pathlib.Path(workdir, 'figures').glob('*'))
-  two, one = run('dense', '2x4'), run('dense', '1x8')
+  two, one = run('moe', '2x4'), run('moe', '1x8')
   assert names(two) == names(one)
   assert len(os.listdir(os.path.join(two, 'events'))) == len(
       os.listdir(os.path.join(one, 'events')))
@@ -192,6 +193,7 @@ def _wait_for(workdir, step, children):
     time.sleep(.005)
 
 
+@pytest.mark.long
 def test_stopped_and_killed_it_resumes_to_the_same_result(run, tmp_path):
   """SIGTERM, then SIGKILL, to the process that does not write."""
   whole, workdir = run('dense', '2x4'), str(tmp_path / 'run')
@@ -221,7 +223,7 @@ def test_stopped_and_killed_it_resumes_to_the_same_result(run, tmp_path):
 
 
 def test_two_processes_evaluate_as_one(run):
-  workdir = run('dense', '2x4')
+  workdir = run('moe', '2x4')
   log = os.path.join(workdir, 'evaluation', 'rl_3_k2.jsonl')
   done = _end(_start(['-m', 'experiments.evaluate', f'--workdir={workdir}',
                       '--k=2']))

@@ -19,7 +19,7 @@ from mtp_rl import (
 from mtp_rl.models import transformer
 from mtp_rl.objectives import logprobs, policy
 from mtp_rl.objectives import mtp as mtp_loss
-from tests import batches
+from tests import batches, conftest
 
 S = batches.S
 
@@ -53,8 +53,9 @@ def _losses(config, modules=1):
 
 
 @pytest.mark.parametrize('regime, modules, psi_loss', [
-    ('ce', 1, 'theta'), ('policy', 2, 'theta'), ('policy', 1, 'ce'),
-    ('occ', 1, 'ce'), ('occ', 2, 'policy'), ('occ', 1, 'policy')])
+    ('ce', 1, 'theta'), ('policy', 2, 'theta'),
+    conftest.long('policy', 1, 'ce'), conftest.long('occ', 1, 'ce'),
+    ('occ', 2, 'policy'), conftest.long('occ', 1, 'policy')])
 def test_one_pullback_is_the_sum_of_the_gradients(regime, modules, psi_loss):
   config = batches.config(
       regime, mtp=dict(modules=modules, psi_loss=psi_loss,
@@ -139,7 +140,7 @@ def _plain(modules=2):
 
 
 @pytest.mark.parametrize('estimator, parts', [
-    ('exact', 1), ('preconditioned', 2), ('cross_fitted', 2),
+    ('exact', 1), conftest.long('preconditioned', 2), ('cross_fitted', 2),
     ('curvature', 2)])
 def test_exact_products_are_those_of_plain_gradients(estimator, parts):
   config = batches.config(estimator, mtp=dict(modules=2),
@@ -312,8 +313,9 @@ def test_l_eta_is_measured_on_the_update_itself():
     assert float(state.occ.smoothness) == measured
 
 
-@pytest.mark.parametrize('regime', ['detach', 'ce', 'occ', 'exact',
-                                    'cross_fitted', 'curvature'])
+@pytest.mark.parametrize('regime', [
+    *map(conftest.long, ('detach', 'ce', 'exact', 'curvature')), 'occ',
+    'cross_fitted'])
 def test_accumulated_is_whole(regime):
   sections = dict(rl=dict(loss='gspo', dual_clip=0., clip_low=.05,
                           clip_high=.05, aggregation='seq-mean-token-mean'))

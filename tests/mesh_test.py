@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mtp_rl import sharding, train_step, tree
-from tests import batches
+from tests import batches, conftest
 
 
 @functools.cache
@@ -16,16 +16,19 @@ def _three_updates(regime, data=1, fsdp=1, tensor=1):
   config = batches.config(regime,
                           mesh=dict(data=data, fsdp=fsdp, tensor=tensor))
   mesh = sharding.make_mesh(config.mesh)
+  minibatches = [batches.batch(1, seed) for seed in range(3)]
   with jax.set_mesh(mesh):
     steps = train_step.make(config, mesh)
     state = steps.init(jax.random.key(0))
     before = jax.device_get(state.params)
-    for seed in range(3):
-      state, metrics = steps.update(state, batches.batch(seed=seed))
+    for batch in minibatches:
+      state, metrics = steps.update(state, batch)
     return before, jax.device_get(state), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize('regime', batches.REGIMES)
+@pytest.mark.parametrize('regime', [
+    r if r in ('policy', 'occ', 'cross_fitted') else conftest.long(r)
+    for r in batches.REGIMES])
 def test_a_mesh_of_8_is_no_mesh(regime):
   _, one, seen = _three_updates(regime)
   _, many, seen_many = _three_updates(regime, data=2, fsdp=2, tensor=2)
@@ -49,6 +52,22 @@ def test_parameters_are_really_sharded():
   assert moments[0].sharding == kernel.sharding
 
 
+def test_an_update_copies_nothing_from_the_host():
+  """But for the minibatch, which the trainer places before it."""
+  config = batches.config(mesh=dict(data=2, fsdp=2, tensor=2))
+  mesh, batch = sharding.make_mesh(config.mesh), batches.batch()
+  with jax.set_mesh(mesh):
+    steps = train_step.make(config, mesh)
+    state = steps.init(jax.random.key(0))
+    placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+    with jax.transfer_guard('disallow'):
+      state, metrics = steps.update(state, placed)
+      state, metrics = steps.update(state, placed)
+      with pytest.raises(jax.errors.JaxRuntimeError, match='host-to-device'):
+        steps.update(state, batch)  # the guard is at work
+  assert np.isfinite(metrics['grad_norm/theta'])
+
+
 def test_rl_only_leaves_psi_untouched_and_detach_does_not():
   for regime, moves in (('rl_only', False), ('detach', True)):
     before, after, _ = _three_updates(regime)
@@ -58,18 +77,17 @@ def test_rl_only_leaves_psi_untouched_and_detach_does_not():
     assert (gap(tree.psi) > 0) == moves
 
 
-@pytest.mark.parametrize('regime', ('occ', 'curvature'))
+@pytest.mark.parametrize('regime', ['occ', conftest.long('curvature')])
 def test_bfloat16_on_a_mesh_is_near_float32(regime):
   """Parameters, moments and gradients stay float32; lambda is near."""
-  out = {}
+  out, batch = {}, batches.batch()
   for dtype in ('float32', 'bfloat16'):
     config = batches.config(regime, mesh=dict(data=2, fsdp=2, tensor=2),
                             model=dict(dtype=dtype, vocab_size=12))
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
       steps = train_step.make(config, mesh)
-      state, metrics = steps.update(steps.init(jax.random.key(0)),
-                                    batches.batch())
+      state, metrics = steps.update(steps.init(jax.random.key(0)), batch)
     assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {'float32'}
     out[dtype] = jax.device_get(metrics)
   for name in ('actor/pg_loss', 'grad_norm/theta', 'grad_norm/psi'):

@@ -167,7 +167,7 @@ def test_which_trunk_state_depth_1_receives(hidden, tiny):
       hidden == 'post_norm')
 
 
-def _head_gradient(config):
+def _mtp_gradient(config):
   """Gradient of a loss of the MTP modules alone over all parameters."""
   params = _model(config)[1]
   def loss(p):
@@ -178,10 +178,10 @@ def _head_gradient(config):
   return jax.jit(jax.grad(loss))(params)
 
 
-@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('tied', [True, conftest.long(False)])
 def test_each_detach_switch_cuts_its_path_exactly(tied, tiny):
   def gradient(**switches):
-    return _head_gradient(tiny(
+    return _mtp_gradient(tiny(
         model=dict(tie_embeddings=tied), mtp=dict(modules=2, **switches),
         rollout=dict(max_response=S)))
   norm = lambda g, *names: float(sum(tree.norm(g[n]) for n in names))
@@ -192,7 +192,7 @@ def test_each_detach_switch_cuts_its_path_exactly(tied, tiny):
 
   hidden = gradient(detach_hidden=True)
   assert norm(hidden, 'blocks', 'final_norm') == 0 and norm(hidden, 'embed') > 0
-  # With the hidden state cut, the embedding is reached as the head's input
+  # With the hidden state cut, the embedding is reached as the module's input
   # and, where tied, as the output head: each switch takes its part away.
   one = gradient(detach_hidden=True, detach_embedding=True)
   assert (norm(one, 'embed') > 0) == tied and norm(one, head) > 0

@@ -5,6 +5,7 @@ import pathlib
 
 import nbclient
 import nbformat
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 CHECKS = '''
@@ -21,6 +22,7 @@ assert any(r.get('occ/lambda') for r in runs['occ'])
 '''
 
 
+@pytest.mark.long
 def test_the_notebook_runs_from_top_to_bottom():
   notebook = nbformat.read(ROOT / 'experiments/colab/occ_lab.ipynb', 4)
   nbformat.validate(notebook)

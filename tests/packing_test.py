@@ -213,8 +213,8 @@ def _update(config, batch, modules):
     return jax.device_get(steps.update(state, batch))
 
 
-@pytest.mark.parametrize('regime', ['detach', 'ce', 'policy', 'logprob',
-                                    'readout'])
+@pytest.mark.parametrize('regime', [
+    *map(conftest.long, ('detach', 'ce', 'policy', 'readout')), 'logprob'])
 def test_an_update_is_the_same(regime):
   config = batches.config(
       regime, mtp=dict(modules=2), optim=dict(clip=0.),
@@ -280,6 +280,7 @@ def test_auto_attention_takes_no_kernel_of_one_sequence(monkeypatch):
     assert got.attention == expected
 
 
+@pytest.mark.long
 def test_a_packed_run_is_the_run(tmp_path):
   """Two steps of two minibatches, through the trainer."""
   rows = []

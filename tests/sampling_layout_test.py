@@ -32,7 +32,8 @@ def _sample(config):
 
 @pytest.mark.parametrize('model, mesh, rollout', [
     ({}, dict(fsdp=8), dict(tensor=2)),
-    (dict(dtype='bfloat16'), dict(data=2, fsdp=4), dict(tensor=2)),
+    conftest.long(dict(dtype='bfloat16'), dict(data=2, fsdp=4),
+                  dict(tensor=2)),
     (MOE, dict(fsdp=4, expert=2), dict(expert=4, tensor=2))])
 def test_another_layout_samples_the_same(model, mesh, rollout):
   sections = dict(model=dict(vocab_size=V) | model,

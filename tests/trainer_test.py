@@ -78,7 +78,8 @@ def test_a_run_leaves_what_it_promises(whole):
   assert config_lib.load(os.path.join(workdir, 'config.json')) == _config()
 
 
-@pytest.mark.parametrize('kind', ['stop', 'kill', 'stop in warm-up'])
+@pytest.mark.parametrize('kind', [
+    'stop', 'kill', conftest.long('stop in warm-up')])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     kind, whole, tmp_path, monkeypatch):
   workdir, _ = whole
@@ -146,10 +147,11 @@ def test_a_killed_process_loses_nothing(whole, tmp_path):
 
 @pytest.mark.parametrize('sections', [
     dict(mtp=dict(modules=0, regime='rl_only')),
-    dict(mtp=dict(modules=2),
-         model=dict(dtype='bfloat16', tie_embeddings=False, head_chunk=2,
-                    remat='block'),
-         mesh=dict(data=2, tensor=2), rl=dict(microbatches=2))])
+    conftest.long(dict(
+        mtp=dict(modules=2),
+        model=dict(dtype='bfloat16', tie_embeddings=False, head_chunk=2,
+                   remat='block'),
+        mesh=dict(data=2, tensor=2), rl=dict(microbatches=2)))])
 def test_unusual_models_run_to_the_end(sections, tmp_path):
   config = conftest.tiny_config(**sections)
   assert trainer.train(config, str(tmp_path))['status'] == 'complete'
