@@ -109,3 +109,25 @@ def test_foreign_config_files_are_named(tmp_path):
     path.write_text(text)
     with pytest.raises(config_lib.ConfigError, match=said):
       config_lib.load(path)
+
+
+@pytest.mark.parametrize('old, new', config_lib.RENAMED.items())
+def test_an_old_name_is_refused_with_the_new_one(old, new):
+  section, field = old.split('.')
+  said = f'{old} is now called {new};'
+  with pytest.raises(config_lib.ConfigError, match=said):
+    config_lib.from_dict({section: {field: 1}})
+  with pytest.raises(config_lib.ConfigError, match=said):
+    config_lib.assign(config_lib.Config(), old, '1')
+  owner, name = new.split('.')
+  assert hasattr(getattr(config_lib.Config(), owner), name)
+
+
+def test_a_vocabulary_is_resolved_once_and_must_hold_the_tokenizer():
+  config = config_lib.Config()
+  assert config_lib.with_vocabulary(config, 17).model.vocab_size == 17
+  assert config.model.vocab_size == 0  # a run's config.json keeps this
+  config.model.vocab_size = 32
+  assert config_lib.with_vocabulary(config, 17).model.vocab_size == 32
+  with pytest.raises(config_lib.ConfigError, match='has 33 tokens'):
+    config_lib.with_vocabulary(config, 33)

@@ -21,11 +21,13 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 # Compiling dominates: without most optimisations it takes half as long. The
 # launchers' tests and the README's main command run optimised programs.
 jax.config.update('jax_disable_most_optimizations', True)
-# And without the CPU's fusion emitters in a third of that. XLA aborts at flags
-# that it does not know, so only the tested release gets this one.
+# And without the CPU's fusion emitters in a third of that. Eight devices on two
+# busy cores may meet late in a collective, which XLA would abort after 40 s.
+# XLA aborts at flags that it does not know: only the tested release gets these.
 if jaxlib.__version__.startswith('0.10.'):
-  os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
-                             + ' --xla_cpu_use_fusion_emitters=false')
+  os.environ['XLA_FLAGS'] = ' '.join([
+      os.environ.get('XLA_FLAGS', ''), '--xla_cpu_use_fusion_emitters=false',
+      '--xla_cpu_collective_call_terminate_timeout_seconds=300'])
 
 
 def long(*values):

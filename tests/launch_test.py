@@ -1,5 +1,6 @@
 """Launchers in a process of their own: bad input ends in one sentence."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -22,6 +23,8 @@ def _run(module, *flags):
 @pytest.mark.parametrize('module, flags, said', [
     ('train', (QUICK, '--config.rl.lrr=1'), 'lrr'),
     ('train', (QUICK, '--config.rl.lr=fast'), 'fast'),
+    ('train', (QUICK, '--config.mtp.heads=2'), 'is now called mtp.modules'),
+    ('train', (QUICK, '-config.occ.pieces', '4'), 'occ.disjoint_parts'),
     ('train', (QUICK + ':dopo',), 'dopo'),
     ('train', ('--config=configs/none.py',), 'configs/none.py'),
     ('train', (QUICK, 'stray'), 'stray'),
@@ -53,3 +56,13 @@ def test_bad_input_is_one_sentence_within_seconds(module, flags, said,
 def test_a_workdir_is_required():
   done, _ = _run('train', QUICK)
   assert done.returncode == 1 and 'workdir' in done.stderr
+
+
+def test_a_launcher_started_elsewhere_says_where_it_runs(tmp_path):
+  done = subprocess.run(
+      [sys.executable, '-m', 'experiments.train', QUICK, '--workdir=run'],
+      cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)}, text=True,
+      capture_output=True, timeout=120, check=False)
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  assert f'run from the root of a checkout, here {ROOT}' in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1
