@@ -154,15 +154,21 @@ class Estimator(NamedTuple):
 
   Attributes:
     rule: (Evidence, config.OCC) -> `Estimate`.
-    reads: names of the `Evidence` fields to compute in addition to the deltas:
-      readout, gradients, parts (needs gradients) or hessian.
+    reads: names of the entries of `Evidence` that it uses. Only these are
+      computed or tracked, and the checks of validate.py follow from them.
+      'parts' needs 'gradients' beside it; 'hessian' brings the gradients.
   """
   rule: Callable
-  reads: tuple = ()
+  reads: tuple
+
+  @property
+  def pulls(self):
+    """Whether it needs each module's loss pulled back by itself."""
+    return bool({'readout', 'gradients', 'hessian'} & set(self.reads))
 
   @property
   def in_parts(self):
-    """Whether it needs minibatches processed in occ.disjoint_parts parts."""
+    """Whether a minibatch passes in occ.disjoint_parts parts for it."""
     return bool({'gradients', 'hessian'} & set(self.reads))
 
   def __call__(self, evidence, config: config_lib.OCC, **kw):
@@ -178,13 +184,14 @@ class Estimator(NamedTuple):
 
 
 ESTIMATORS = {
-    'logprob': Estimator(logprob),
-    'authors': Estimator(authors),
+    'logprob': Estimator(logprob, ('deltas',)),
+    'authors': Estimator(authors, ('deltas',)),
     'readout': Estimator(readout, ('readout',)),
     'exact': Estimator(exact, ('gradients',)),
-    'preconditioned': Estimator(preconditioned, ('gradients',)),
-    'cross_fitted': Estimator(cross_fitted, ('gradients', 'parts')),
+    'preconditioned': Estimator(preconditioned, ('gradients', 'precondition')),
+    'cross_fitted': Estimator(cross_fitted, ('gradients', 'parts',
+                                             'smoothness')),
     'curvature': Estimator(curvature, ('hessian',)),
-    'oracle': Estimator(oracle, ('gradients',)),
+    'oracle': Estimator(oracle, ('gradients', 'ahead')),
 }
 TRAINABLE = tuple(n for n in ESTIMATORS if n != 'oracle')

@@ -82,7 +82,7 @@ def measured(work, state, step):
   """OCC: lambda from occ.estimator, then bounded, averaged and guarded."""
   config = work.config.occ
   estimator = estimators.ESTIMATORS[config.estimator]
-  each = gradients.pull_each(work, 'policy') if estimator.reads else None
+  each = gradients.pull_each(work, 'policy') if estimator.pulls else None
   found = gradients.evidence(
       work, each, estimator.reads, eta=step.eta, smoothness=state.smoothness,
       precondition=step.precondition)

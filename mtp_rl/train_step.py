@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtp_rl import config as config_lib
 from mtp_rl import (
+  estimators,
   forward,
   gradients,
   occ,
@@ -37,14 +38,15 @@ def train_step(state, batch, *, config: config_lib.Config, transform, rate):
   """
   o = config.occ
   lr = jnp.asarray(rate(state.step), jnp.float32)
-  measured = o.estimator if config.mtp.regime == 'occ' else None
+  reads = (estimators.ESTIMATORS[o.estimator].reads
+           if config.mtp.regime == 'occ' else ())
   precondition = (optim.preconditioner(state.opt_state, config.optim)
-                  if measured == 'preconditioned' else None)
+                  if 'precondition' in reads else None)
   out = regimes.update_gradient(
       state.params, batch, state.occ, config,
       regimes.Step(jnp.float32(o.eta) if o.eta else lr, precondition))
   after = _apply(state, out.gradient, out.occ, transform)
-  if measured == 'cross_fitted':
+  if 'smoothness' in reads:
     tracked = jax.lax.cond(
         state.step % o.probe_every == 0,
         lambda: _probe(state, after, out, batch, config),

@@ -93,8 +93,9 @@ def _validate_mtp(config: config_lib.Config):
   _need(o.estimator != 'curvature' or o.solver == 'gram',
         'occ.estimator=curvature solves for all modules together; set '
         'occ.solver=gram')
+  reads = estimators.ESTIMATORS[o.estimator].reads
   measured = m.regime == 'occ_authors' or (
-      m.regime == 'occ' and o.estimator in ('logprob', 'authors'))
+      m.regime == 'occ' and 'deltas' in reads)
   _need(config.rl.minibatches > 1 or not measured,
         f'mtp.regime={m.regime} measures how far the policy moved since the '
         'rollout, but with rl.minibatches=1 it has not moved and lambda would '
@@ -102,10 +103,9 @@ def _validate_mtp(config: config_lib.Config):
   _need(o.estimator != 'oracle',
         'occ.estimator=oracle searches on held-out rollouts, for diagnosis '
         'only (experiments.diagnose); set another estimator')
-  _need(o.scope == 'all' or o.estimator in (
-      'exact', 'preconditioned', 'cross_fitted'),
-        f'occ.scope={o.scope} is read by occ.estimator=exact, preconditioned '
-        f'and cross_fitted, but occ.estimator={o.estimator}; set occ.scope=all')
+  _need(o.scope == 'all' or 'gradients' in reads,
+        f'occ.scope={o.scope} is read by estimators that read the gradients '
+        f'themselves, but occ.estimator={o.estimator}; set occ.scope=all')
   _need(m.kind == 'sequential' or not m.detach_embedding,
         'mtp.kind=parallel does not read the embedding; set '
         'mtp.detach_embedding=false')
@@ -190,8 +190,8 @@ def _validate_packing(config: config_lib.Config):
         'rl.pack=true leaves padding out, but occ.estimator=authors is a mean '
         'over all positions, padding included; set rl.pack=false or '
         'occ.estimator=logprob')
-  _need(o.estimator != 'cross_fitted',
-        'rl.pack=true mixes prompts in a row, but occ.estimator=cross_fitted '
+  _need('parts' not in estimators.ESTIMATORS[o.estimator].reads,
+        f'rl.pack=true mixes prompts in a row, but occ.estimator={o.estimator} '
         'splits rows by prompt; set rl.pack=false')
   _need(not estimators.ESTIMATORS[o.estimator].in_parts
         or o.disjoint_parts == 1,
@@ -217,8 +217,9 @@ def _validate_batch(config: config_lib.Config):
           f'occ.disjoint_parts={n} must divide the prompts of a minibatch, of '
           f'which there are {r.prompts // r.minibatches}; set '
           'occ.disjoint_parts to a divisor')
-    _need(n >= 2 or config.occ.estimator != 'cross_fitted',
-          'occ.estimator=cross_fitted compares disjoint parts, but '
+    _need(n >= 2 or 'parts' not in estimators.ESTIMATORS[
+        config.occ.estimator].reads,
+          f'occ.estimator={config.occ.estimator} compares disjoint parts, but '
           'occ.disjoint_parts=1; set occ.disjoint_parts >= 2')
     _need(rows // n % r.microbatches == 0,
           f'a part of {rows // n} rows (occ.disjoint_parts={n}) does not split '

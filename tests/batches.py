@@ -10,8 +10,9 @@ from mtp_rl import estimators, forward, regimes, types
 from tests import conftest
 
 V, ROWS, R, S = 13, 16, 6, 6
-REGIMES = (*regimes.REGIMES, 'readout', 'preconditioned', 'cross_fitted',
-           'curvature')
+# 'occ' is its default estimator, logprob.
+REGIMES = (*regimes.REGIMES,
+           *(n for n in estimators.TRAINABLE if n != 'logprob'))
 
 
 def config(regime='occ', **sections):

@@ -1,6 +1,7 @@
 """Sampling: scored log-probs, ended rows, greedy, top-k, top-p."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -133,3 +134,38 @@ def test_long_and_empty_prompts_are_named():
     sampler.pad_prompts(['abcdefa'], TOKENIZER, 6)
   with pytest.raises(config_lib.ConfigError, match='empty prompt'):
     sampler.pad_prompts([''], TOKENIZER, 6)
+
+
+@pytest.mark.parametrize('response', [
+    90,  # 96 columns are read as a whole
+    150])  # 156 are read in four sizes
+def test_a_decoding_step_copies_no_cache(response):
+  """Else a step costs layers x cache; see `sampler.compiler_options`."""
+  config = _config(max_response=response)
+  state = jax.eval_shape(functools.partial(
+      sampler.prefill, config=config, ends=TOKENIZER.ends), _params(),
+      *sampler.pad_prompts(PROMPTS * 4, TOKENIZER, 6), jax.random.key(0))
+  loop = lambda params, state: jax.lax.fori_loop(
+      0, 8, lambda _, s: sampler.extend(params, s, config=config,
+                                        ends=TOKENIZER.ends), state)
+  shape = ','.join(map(str, state.cache.key.shape))
+  def copies(**options):
+    text = jax.jit(loop, donate_argnums=1, **options).lower(
+        _params(), state).compile().as_text()
+    assert f'f32[{shape}]' in text
+    return len(re.findall(rf'= f32\[{shape}\]\S* copy\(', text))
+  assert copies(compiler_options=sampler.compiler_options('cpu')) == 0
+  if response == 90:  # the count sees them where they are
+    assert copies() > 0
+
+
+def test_decoding_reads_every_column_in_use(tiny):
+  """Greedy tokens across all sizes of the prefix are the full forward's."""
+  config = _config(max_response=150)
+  tokens, sampled = _run(config, greedy=True)
+  assert tokens.valid[:, -1].any()  # a row comes to the last column
+  scored = jax.jit(functools.partial(forward.score, config=config))(
+      _params(), tokens)
+  mask = tokens.valid[:, 6:]
+  np.testing.assert_allclose(sampled[mask], np.asarray(scored.main)[mask],
+                             atol=1e-5)

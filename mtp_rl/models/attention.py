@@ -27,6 +27,8 @@ NAME = 'attention'  # names the result for rematerialisation policies
 BLOCK = 256  # queries whose scores are in memory at once
 _LONG = 512  # above this number of columns 'auto' takes blocks
 _PARTS = 4  # groups of blocks; each reads the keys up to its own end
+_SMALL = 128  # a cache of at most so many columns is read as a whole
+_PREFIXES = 4  # sizes in which a longer one is read
 _TILE = 512  # largest tile of the splash kernel
 _LANES = 128  # the splash kernel's sizes are multiples of it
 
@@ -158,6 +160,36 @@ def cached(query, key, value, rows):
   y = (y / jnp.sum(weights, -1, keepdims=True)).astype(query.dtype)
   y = y.reshape(b, n, g, t, c).transpose(0, 3, 1, 2, 4)
   return y.reshape(b, t, h, c)
+
+
+def in_use(query, key, value, layer, rows):
+  """Do what `cached` does with one layer of a cache, up to the last query.
+
+  Columns behind the last query are empty, so only a prefix of the cache is
+  read: the shortest of a few sizes that holds it. Caches of up to `_SMALL`
+  columns are read as a whole.
+
+  Args:
+    query: [B, T, H, C].
+    key, value: [L, B, N, U, C].
+    layer: int32 [].
+    rows: `Rows` with columns.
+  """
+  sizes = _sizes(key.shape[3])
+  read = lambda size: lambda: cached(
+      query, key[layer, :, :, :size], value[layer, :, :, :size],
+      rows._replace(keys=rows.keys[:, :size]))
+  if len(sizes) == 1:
+    return read(sizes[0])()
+  index = jnp.sum(rows.columns[-1] >= jnp.asarray(sizes))
+  return jax.lax.switch(index, [read(size) for size in sizes])
+
+
+def _sizes(columns):
+  """Return the prefixes of a cache that `in_use` may read, ascending."""
+  if columns <= _SMALL:
+    return [columns]
+  return [-(-columns * i // _PREFIXES) for i in range(1, _PREFIXES + 1)]
 
 
 def blocks(query, key, value, rows, block=BLOCK):

@@ -170,7 +170,7 @@ class Attention(nn.Module):
       kind = attention.resolve(m.attention, channels, x.shape[1], m.dtype)
       y = attention.attend(q, k, v, rows, kind)
     else:
-      y = attention.cached(q, cache.key[layer], cache.value[layer], rows)
+      y = attention.in_use(q, cache.key, cache.value, layer, rows)
     y = linear(m.d_model, name='out')(y.reshape(*x.shape[:2], -1))
     return y, cache
 

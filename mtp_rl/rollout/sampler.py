@@ -161,6 +161,24 @@ def generate(params, prompts, prompt_valid, key, *, config: config_lib.Config,
   return types.Tokens(state.tokens, state.valid), state.logprobs
 
 
+@functools.cache
+def compiler_options(platform):
+  """Return the compiler options of programs that decode on a platform.
+
+  On CPU XLA computes the cheap update of the keys twice, once into the carry
+  and once into what attention reads, and then copies the whole cache in every
+  layer. With region analysis it sees that the copies are not needed.
+  """
+  if platform != 'cpu':
+    return {}
+  options = {'xla_cpu_copy_insertion_use_region_analysis': True}
+  try:
+    jax.jit(lambda x: x, compiler_options=options).lower(0.).compile()
+  except jax.errors.JaxRuntimeError:  # a jaxlib that does not know it
+    return {}
+  return options
+
+
 def make_generate(config: config_lib.Config, mesh, abstract, ends, group,
                   greedy=False):
   """Return the jitted (params, prompts, valid, key) -> Tokens, log-probs.
@@ -184,7 +202,8 @@ def make_generate(config: config_lib.Config, mesh, abstract, ends, group,
   jitted = jax.jit(
       functools.partial(generate, config=config, ends=ends, group=group,
                         greedy=greedy),
-      in_shardings=(shardings, rows, rows, None), out_shardings=(rows, rows))
+      in_shardings=(shardings, rows, rows, None), out_shardings=(rows, rows),
+      compiler_options=compiler_options(mesh.devices.flat[0].platform))
 
   def run(params, prompts, valid, key):
     if mesh is not trained:  # a key is bound to the mesh it was made on
