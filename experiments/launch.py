@@ -74,7 +74,7 @@ def _fail(error):
   lines = [line.strip() for line in str(error.args[0]).splitlines()]
   hint = '--help lists the flags, mtp_rl/config.py the config fields'
   if isinstance(error, OSError) and pathlib.Path.cwd() != ROOT:
-    hint = f'launchers run from the root of a checkout, here {ROOT}'
+    hint = f'launchers run from the root of a checkout, which is {ROOT}'
   sys.exit(f'error: {[line for line in lines if line][-1]} ({hint})')
 
 

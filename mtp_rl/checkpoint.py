@@ -10,7 +10,13 @@ from mtp_rl import config as config_lib
 from mtp_rl import distributed
 from mtp_rl import tree as tree_lib
 
-_FORMAT = 'mtp_rl TrainState 1'
+_FORMAT = 'mtp_rl TrainState 2'
+# theta and psi had other names in the optimiser's state.
+_OLDER = 'mtp_rl TrainState 1'
+
+
+class _OlderError(config_lib.ConfigError):
+  """A checkpoint that only an older version can resume."""
 
 
 class Checkpoints:
@@ -67,7 +73,12 @@ class Checkpoints:
           f'checkpoint {where} does not exist; this run keeps {self.steps()}')
     try:
       metadata = self._inner.metadata(step)
-      if (metadata.custom_metadata or {}).get('format') != _FORMAT:
+      written = (metadata.custom_metadata or {}).get('format')
+      if written == _OLDER and not params_only:
+        raise _OlderError(
+            f'checkpoint {where} was written by an older version and cannot be '
+            'resumed by this one; use that version, or another workdir')
+      if written not in (_FORMAT, _OLDER):
         raise ValueError('it was not written by this project')
       _compare(metadata.metadata, abstract)
       wanted = abstract._asdict()
@@ -75,6 +86,8 @@ class Checkpoints:
         wanted = jax.tree.map(lambda _: ocp.PLACEHOLDER, metadata.metadata)
         wanted['params'] = abstract.params
       restored = self._inner.load(step, wanted)
+    except _OlderError:
+      raise
     except Exception as e:  # orbax raises many kinds for a damaged file
       first = str(e).strip().split('\n')[0][:300]
       raise config_lib.ConfigError(

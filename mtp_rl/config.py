@@ -376,15 +376,11 @@ def load(path):
   except FileNotFoundError:
     raise ConfigError(f'{path} does not exist; name the workdir of a run of '
                       'experiments.train or experiments.pretrain') from None
+  except ConfigError as e:
+    raise ConfigError(f'{path} is of another version: {e}') from e
   except (json.JSONDecodeError, AttributeError) as e:
     raise ConfigError(f'{path} is not a config written by this project: '
                       f'{e}') from e
-
-
-def title(config: Config):
-  """Return the line above a run's figures: task, regime, seed."""
-  return (f'{config.task.name} {config.task.dataset}'.strip() +
-          f', regime {config.mtp.regime}, seed {config.seed}')
 
 
 def differences(a: Config, b: Config):

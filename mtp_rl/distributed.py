@@ -102,14 +102,12 @@ def is_writer():
 def put(rows, sharding):
   """Return NumPy arrays, the same in every process, as sharded device arrays.
 
-  With one process they are returned unchanged: jit places them.
-
   Args:
     rows: pytree of arrays.
     sharding: one sharding for all of them.
   """
   if count() == 1:
-    return rows
+    return jax.device_put(rows, sharding)
   return jax.tree.map(
       lambda x: jax.make_array_from_process_local_data(sharding, x, x.shape),
       rows)

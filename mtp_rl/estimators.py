@@ -18,7 +18,9 @@ from mtp_rl import occ, tree
 
 
 class Evidence(NamedTuple):
-  """What is measured of a minibatch; None where the estimator does not read it.
+  """What is measured of a minibatch.
+
+  Gradients, parts and Hessian products are None where nothing reads them.
 
   Gradients are ascent directions: g_RL = grad J, g_k = -grad L_k.
 
@@ -154,9 +156,9 @@ class Estimator(NamedTuple):
 
   Attributes:
     rule: (Evidence, config.OCC) -> `Estimate`.
-    reads: names of the entries of `Evidence` that it uses. Only these are
-      computed or tracked, and the checks of validate.py follow from them.
-      'parts' needs 'gradients' beside it; 'hessian' brings the gradients.
+    reads: entries of `Evidence` to compute or track for it; the checks of
+      validate.py follow from them. 'parts' needs 'gradients' beside it,
+      'hessian' brings the gradients. eta is always there.
   """
   rule: Callable
   reads: tuple

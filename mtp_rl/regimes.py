@@ -2,7 +2,7 @@
 
 A regime is a function (Minibatch, OccState, step) -> `gradients.Choice`. To
 add one, write it here and name it in `REGIMES`; tests/mesh_test.py covers
-every name there.
+every name there, most of them with -m long.
 """
 
 from collections.abc import Callable

@@ -27,7 +27,7 @@ from mtp_rl import (
 from mtp_rl import config as config_lib
 from mtp_rl import workdir as workdir_lib
 from mtp_rl.evaluation import held_out
-from mtp_rl.report import run_figures
+from mtp_rl.report import run_figures, style
 from mtp_rl.rollout import experience, layout, packing, sampler
 
 
@@ -68,9 +68,10 @@ def _score(run, steps, params, rows):
   Rows are scored a minibatch at a time, in no more memory than an update.
   """
   placed = sharding.batch_sharding(run.mesh)
-  out = [distributed.fetch(steps.score(params, distributed.put(part, placed)))
+  out = [steps.score(params, distributed.put(part, placed))
          for part in tree.cut(rows, run.config.rl.minibatches)]
-  return jax.tree.map(lambda *x: np.concatenate(x), *out)
+  return jax.tree.map(lambda *x: np.concatenate(x),
+                      *map(distributed.fetch, out))
 
 
 def _update(run, steps, state, batch):
@@ -176,7 +177,7 @@ def finish(run: workdir_lib.Run, done):
   config = run.config
   if distributed.is_writer():
     run_figures.draw_all(rows, metrics.read(run.path('samples.jsonl')),
-                         run.path('figures'), config_lib.title(config))
+                         run.path('figures'), style.title(config))
   scores = [{k: v for k, v in r.items() if k.startswith('val/')}
             for r in rows]
   scores = [v for v in scores if v] or [{}]

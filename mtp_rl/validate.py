@@ -1,5 +1,7 @@
 """Rejects settings that cannot work, before anything is computed."""
 
+import dataclasses
+
 from mtp_rl import config as config_lib
 from mtp_rl import estimators, regimes, tasks
 from mtp_rl.objectives import masked
@@ -56,9 +58,29 @@ _NOT_NEGATIVE = {
 }
 
 
+# Values that have another name today.
+_RENAMED_VALUES = {
+    ('mtp.psi_loss', 'joint'): 'theta', ('occ.solver', 'joint'): 'gram',
+    ('occ.solver', 'per_head'): 'per_module'}
+
+
 def _need(condition, message):
   if not condition:
     raise config_lib.ConfigError(message)
+
+
+def _need_fields(config):
+  """Refuse a field that a config file set and that no section has."""
+  for section in vars(config):
+    fields = getattr(config, section)
+    if not dataclasses.is_dataclass(fields):
+      continue
+    for name in vars(fields).keys() - {f.name for f in
+                                       dataclasses.fields(fields)}:
+      config_lib.refuse_renamed(f'{section}.{name}')
+      raise config_lib.ConfigError(
+          f'config field {section}.{name} does not exist; mtp_rl/config.py '
+          'lists them')
 
 
 def _need_signs(config: config_lib.Config, table, holds, message):
@@ -262,9 +284,13 @@ def validate(config: config_lib.Config):
   Raises:
     config.ConfigError: one sentence that names the setting and the fix.
   """
+  _need_fields(config)
   for name, choices in CHOICES.items():
     section, field = name.split('.')
     value = getattr(getattr(config, section), field)
+    _need((name, value) not in _RENAMED_VALUES,
+          f'{name}={value} is now called '
+          f'{_RENAMED_VALUES.get((name, value))}; use that name')
     _need(value in choices, f'{name}={value!r} is none of '
           f'{", ".join(choices)}')
   _need_signs(config, _POSITIVE, lambda x: x > 0, 'must be positive')

@@ -96,12 +96,16 @@ class Samples:
 def restore(run: workdir_lib.Run):
   """Return the parameters of a finished warm-up.
 
+  Without a warm-up these are the initial ones, which the seed gives again.
+
   Raises:
     config.ConfigError: there is no such checkpoint, or it is damaged.
   """
   steps = train_step.make(run.config, run.mesh, 'warmup')
   saved = checkpoint.Checkpoints(run.checkpoints('warmup'), keep=1)
   with contextlib.closing(saved):
+    if saved.latest() is None and not run.config.warmup.steps:
+      return _first_state(run, steps).params
     return saved.restore(steps.abstract, params_only=True)
 
 

@@ -119,8 +119,23 @@ def test_an_old_name_is_refused_with_the_new_one(old, new):
     config_lib.from_dict({section: {field: 1}})
   with pytest.raises(config_lib.ConfigError, match=said):
     config_lib.assign(config_lib.Config(), old, '1')
+  config = config_lib.Config()
+  setattr(getattr(config, section), field, 1)  # as a config file may
+  with pytest.raises(config_lib.ConfigError, match=said):
+    validate.validate(config)
   owner, name = new.split('.')
   assert hasattr(getattr(config_lib.Config(), owner), name)
+
+
+@pytest.mark.parametrize('name, old, new', [
+    ('mtp.psi_loss', 'joint', 'theta'), ('occ.solver', 'joint', 'gram'),
+    ('occ.solver', 'per_head', 'per_module')])
+def test_an_old_value_is_refused_with_the_new_one(name, old, new):
+  config = config_lib.Config()
+  config_lib.assign(config, name, old)
+  with pytest.raises(config_lib.ConfigError,
+                     match=f'{name}={old} is now called {new}'):
+    validate.validate(config)
 
 
 def test_a_vocabulary_is_resolved_once_and_must_hold_the_tokenizer():

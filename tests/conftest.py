@@ -19,7 +19,7 @@ jax.config.update('jax_compilation_cache_dir', str(
     ROOT / '.pytest_cache' / 'jax'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 # Compiling dominates: without most optimisations it takes half as long. The
-# launchers' tests and the README's main command run optimised programs.
+# README's main command runs optimised programs.
 jax.config.update('jax_disable_most_optimizations', True)
 # And without the CPU's fusion emitters in a third of that. Eight devices on two
 # busy cores may meet late in a collective, which XLA would abort after 40 s.

@@ -64,5 +64,5 @@ def test_a_launcher_started_elsewhere_says_where_it_runs(tmp_path):
       cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)}, text=True,
       capture_output=True, timeout=120, check=False)
   assert done.returncode == 1 and 'Traceback' not in done.stderr
-  assert f'run from the root of a checkout, here {ROOT}' in done.stderr
+  assert f'run from the root of a checkout, which is {ROOT}' in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1

@@ -11,8 +11,17 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_rl import checkpoint, metrics, sharding, train_step, trainer, tree
+from mtp_rl import (
+  checkpoint,
+  metrics,
+  sharding,
+  train_step,
+  trainer,
+  tree,
+  warmup,
+)
 from mtp_rl import config as config_lib
+from mtp_rl import workdir as workdir_lib
 from mtp_rl.models import pretrained
 from tests import conftest, published
 
@@ -174,3 +183,13 @@ def test_decoding_ids_beyond_the_tokenizer_is_no_crash():
   from mtp_rl import tokenizers
   tokenizer = tokenizers.CharTokenizer('ab')
   assert tokenizer.decode([0, 3, 0, 4, 16, 2, 1, 3]) == 'a\ufffdb\ufffd\ufffd'
+
+
+def test_without_a_warm_up_the_first_parameters_come_from_the_seed(tmp_path):
+  """What diagnosis takes as the reference policy of a KL penalty."""
+  config = conftest.tiny_config(warmup=dict(steps=0))
+  run = workdir_lib.setup(config, str(tmp_path))
+  with jax.set_mesh(run.mesh):
+    first = jax.device_get(warmup.train(run, lambda: False))
+    again = jax.device_get(warmup.restore(run))
+  jax.tree.map(np.testing.assert_array_equal, first, again)

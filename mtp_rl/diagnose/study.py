@@ -18,7 +18,7 @@ from mtp_rl import checkpoint, metrics, trainer, tree, validate, warmup
 from mtp_rl import config as config_lib
 from mtp_rl import workdir as workdir_lib
 from mtp_rl.diagnose import measure, summary
-from mtp_rl.report import diagnosis_figures
+from mtp_rl.report import diagnosis_figures, style
 from mtp_rl.rollout import experience
 
 # Steps whose prompts serve as fresh ones: training never gets this far.
@@ -143,7 +143,7 @@ def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
   summaries = [summary.summarise(s, m, grid) for s, m in found.items()]
   directory = run.path('diagnosis')
   os.makedirs(directory, exist_ok=True)
-  title = config_lib.title(own)
+  title = style.title(own)
   text = summary.markdown(summaries, f'Diagnosis: {title}', notes)
   with open(os.path.join(directory, 'diagnosis.md'), 'w',
             encoding='utf-8') as f:

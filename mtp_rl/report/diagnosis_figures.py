@@ -62,7 +62,8 @@ def coefficients(found, directory, title):
   for j, name in enumerate(names):
     x = np.arange(columns) + .7 * (j / (len(names) - 1) - .5)
     _bars(axis, x, [s['estimators'][name]['lam'] for s in found], ls='none',
-          color=_COLOURS[j], marker=_MARKERS[j], label=name)
+          color=_COLOURS[j % len(_COLOURS)],
+          marker=_MARKERS[j % len(_MARKERS)], label=name)
   _steps(axis, [s['step'] for s in found])
   axis.set_ylabel('lambda (bounded), mean and 95 % interval')
   axis.legend(frameon=False, fontsize=8, loc='center left',

@@ -10,6 +10,12 @@ matplotlib.rcParams['svg.hashsalt'] = 'mtp_rl'
 BLUE, ORANGE, GREEN, GREY = '#2060a8', '#d8702a', '#3a8f5c', '#909090'
 
 
+def title(config):
+  """Return the line above a run's figures: task, regime, seed."""
+  return (f'{config.task.name} {config.task.dataset}'.strip() +
+          f', regime {config.mtp.regime}, seed {config.seed}')
+
+
 def new(rows, columns, size, title='', **kw):
   """Return a figure and its axes [rows, columns].
 
