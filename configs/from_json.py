@@ -7,6 +7,7 @@ Any field can be overridden on top, as with every config.
 """
 
 from mtp_rl import config as config_lib
+from mtp_rl import config_io
 
 
 def get_config(path=''):
@@ -14,4 +15,4 @@ def get_config(path=''):
   if not path:
     raise config_lib.ConfigError('configs/from_json.py needs the path of a '
                                  'config.json after a colon')
-  return config_lib.load(path)
+  return config_io.load(path)

@@ -30,8 +30,8 @@ PROGRAMS = flags.DEFINE_list(
 
 def main():
   """Compile, print the table, write the JSON."""
-  from mtp_rl import checkpoint, metrics
   from mtp_rl.aot import programs
+  from mtp_rl.run import checkpoint, metrics
   checkpoint.prepare_workdir(launch.WORKDIR.value)
   path = os.path.join(launch.WORKDIR.value, 'compile_for.json')
   target, rows = programs.chip(TOPOLOGY.value), []

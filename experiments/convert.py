@@ -19,6 +19,7 @@ from absl import flags
 
 from experiments import launch
 from mtp_rl import config as config_lib
+from mtp_rl import config_io
 
 _CONFIG = launch.define_config(required=False)
 _SOURCE = flags.DEFINE_string('source', None, 'Folder or .gguf file to read.')
@@ -49,9 +50,10 @@ def _write():
   """Write published weights from a run's checkpoint."""
   import jax
 
-  from mtp_rl import checkpoint, train_step, workdir
+  from mtp_rl import train_step
   from mtp_rl.models import pretrained
-  config = config_lib.load(os.path.join(launch.WORKDIR.value, 'config.json'))
+  from mtp_rl.run import checkpoint, workdir
+  config = config_io.load(os.path.join(launch.WORKDIR.value, 'config.json'))
   run = workdir.reopen(config, launch.WORKDIR.value)
   where = workdir.existing_checkpoints(run, _PHASE.value)
   model = run.config.model

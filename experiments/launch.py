@@ -8,6 +8,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mtp_rl import config as config_lib
+from mtp_rl import config_io
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
@@ -61,7 +62,7 @@ def _parse(argv):
   try:
     for arg in argv[1:]:
       if field := re.match(r'--?config\.([\w.]+)', arg):
-        config_lib.refuse_renamed(field[1])
+        config_io.refuse_renamed(field[1])
     return flags.FLAGS(argv)
   except config_lib.ConfigError as e:
     sys.exit(f'error: {e}')

@@ -7,15 +7,7 @@ field (`--config.rl.lr=3e-4`). The flag parser rejects fields that do not exist,
 
 import dataclasses
 import importlib
-import json
 import math
-
-# Old name of a field -> its new name, which the error on an old one gives.
-RENAMED = {
-    'mtp.heads': 'mtp.modules', 'mtp.head_loss': 'mtp.psi_loss',
-    'mtp.head_coef': 'mtp.psi_coef', 'occ.heads': 'occ.solver',
-    'occ.pieces': 'occ.disjoint_parts', 'optim.warmup': 'optim.ramp',
-    'mesh.model': 'mesh.tensor', 'rollout.model': 'rollout.tensor'}
 
 
 class ConfigError(ValueError):
@@ -289,66 +281,6 @@ def preset(config: Config, names):
   return config
 
 
-def to_dict(config: Config):
-  """Return config as nested plain dicts (JSON-ready)."""
-  return dataclasses.asdict(config)
-
-
-def from_dict(values):
-  """Return the `Config` that `to_dict` wrote.
-
-  Raises:
-    ConfigError: a section or field does not exist in this version; a renamed
-      field is named with its new name.
-  """
-  out = Config()
-  for section, value in values.items():
-    if not hasattr(out, section):
-      raise ConfigError(f'config section {section!r} does not exist')
-    if isinstance(value, dict):
-      for field in value:
-        refuse_renamed(f'{section}.{field}')
-      try:
-        value = type(getattr(out, section))(**value)
-      except TypeError as e:
-        raise ConfigError(f'config section {section!r}: {e}') from e
-    setattr(out, section, value)
-  return out
-
-
-def refuse_renamed(name):
-  """Raise ConfigError with the new name where `section.field` is an old one."""
-  if name in RENAMED:
-    raise ConfigError(f'config field {name} is now called {RENAMED[name]}; '
-                      'use that name')
-
-
-def assign(config: Config, name, text):
-  """Set the field `section.field` of a config from text, or from a value.
-
-  Raises:
-    ConfigError: the field does not exist, or the text does not fit its type.
-  """
-  refuse_renamed(name)
-  section, _, field = name.rpartition('.')
-  try:
-    owner = getattr(config, section) if section else config
-    old = getattr(owner, field)
-    if dataclasses.is_dataclass(old):
-      raise AttributeError
-  except AttributeError:
-    raise ConfigError(f'config field {name!r} does not exist; '
-                      'mtp_rl/config.py lists them') from None
-  try:
-    if isinstance(old, bool) and isinstance(text, str):
-      value = {'true': True, 'false': False}[text.lower()]
-    else:
-      value = type(old)(text)
-  except (ValueError, KeyError):
-    raise ConfigError(f'{name}={text!r} is no {type(old).__name__}') from None
-  setattr(owner, field, value)
-
-
 def with_vocabulary(config: Config, size):
   """Return a copy whose model.vocab_size is resolved to V.
 
@@ -366,31 +298,3 @@ def with_vocabulary(config: Config, size):
         'to the rows of the token table')
   return dataclasses.replace(
       config, model=dataclasses.replace(config.model, vocab_size=rows))
-
-
-def load(path):
-  """Read the config.json of a workdir; raises ConfigError with the fix."""
-  try:
-    with open(path, encoding='utf-8') as f:
-      return from_dict(json.load(f))
-  except FileNotFoundError:
-    raise ConfigError(f'{path} does not exist; name the workdir of a run of '
-                      'experiments.train or experiments.pretrain') from None
-  except ConfigError as e:
-    raise ConfigError(f'{path} is of another version: {e}') from e
-  except (json.JSONDecodeError, AttributeError) as e:
-    raise ConfigError(f'{path} is not a config written by this project: '
-                      f'{e}') from e
-
-
-def differences(a: Config, b: Config):
-  """Return the dotted names of the fields in which two configs differ."""
-  out = []
-  for section, values in to_dict(a).items():
-    other = getattr(b, section)
-    if not isinstance(values, dict):
-      out += [section] if values != other else []
-      continue
-    out += [f'{section}.{k}' for k, v in values.items()
-            if v != getattr(other, k)]
-  return out

@@ -13,22 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_rl import (
-  checkpoint,
-  distributed,
-  metrics,
-  prng,
-  sharding,
-  signals,
-  train_step,
-  tree,
-  warmup,
-)
 from mtp_rl import config as config_lib
-from mtp_rl import workdir as workdir_lib
+from mtp_rl import distributed, prng, sharding, train_step, tree, warmup
 from mtp_rl.evaluation import held_out
 from mtp_rl.report import run_figures, style
 from mtp_rl.rollout import experience, layout, packing, sampler
+from mtp_rl.run import checkpoint, metrics, signals
+from mtp_rl.run import workdir as workdir_lib
 
 
 class Functions(NamedTuple):

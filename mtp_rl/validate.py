@@ -3,7 +3,7 @@
 import dataclasses
 
 from mtp_rl import config as config_lib
-from mtp_rl import estimators, regimes, tasks
+from mtp_rl import config_io, estimators, regimes, tasks
 from mtp_rl.objectives import masked
 
 CHOICES = {
@@ -77,7 +77,7 @@ def _need_fields(config):
       continue
     for name in vars(fields).keys() - {f.name for f in
                                        dataclasses.fields(fields)}:
-      config_lib.refuse_renamed(f'{section}.{name}')
+      config_io.refuse_renamed(f'{section}.{name}')
       raise config_lib.ConfigError(
           f'config field {section}.{name} does not exist; mtp_rl/config.py '
           'lists them')

@@ -9,18 +9,12 @@ import contextlib
 import jax
 import numpy as np
 
-from mtp_rl import (
-  checkpoint,
-  distributed,
-  metrics,
-  prng,
-  sharding,
-  train_step,
-)
 from mtp_rl import config as config_lib
-from mtp_rl import workdir as workdir_lib
+from mtp_rl import distributed, prng, sharding, train_step
 from mtp_rl.models import pretrained
 from mtp_rl.rollout import layout, sampler
+from mtp_rl.run import checkpoint, metrics
+from mtp_rl.run import workdir as workdir_lib
 
 
 def _first_state(run, steps):

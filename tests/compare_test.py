@@ -14,7 +14,7 @@ import pytest
 
 from configs import from_json
 from mtp_rl import config as config_lib
-from mtp_rl import estimators, trainer
+from mtp_rl import config_io, estimators, trainer
 from mtp_rl.compare import grid, jobs, study, summary
 from mtp_rl.report import comparison_figures, intervals
 from tests import conftest
@@ -129,7 +129,7 @@ def test_what_cannot_be_compared_is_named(text, overridden, said):
 def test_a_config_file_is_a_config(tmp_path):
   config = config_lib.preset(conftest.tiny_config(), 'gspo,paper')
   path = tmp_path / 'config.json'
-  path.write_text(json.dumps(config_lib.to_dict(config)))
+  path.write_text(json.dumps(config_io.to_dict(config)))
   assert from_json.get_config(str(path)) == config
   with pytest.raises(config_lib.ConfigError, match='after a colon'):
     from_json.get_config()
@@ -234,7 +234,7 @@ def _real(tmp_path_factory):
 def test_a_comparison_from_warm_up_to_figures(real, monkeypatch):
   for name in ('warmup', 'still', 'cut'):
     for seed in (0, 1):
-      config = config_lib.load(os.path.join(real.path(name, seed),
+      config = config_io.load(os.path.join(real.path(name, seed),
                                             'config.json'))
       assert config.seed == seed
       if name != 'warmup':

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import validate
+from mtp_rl import config_io, validate
 from tests import conftest
 
 
@@ -79,7 +79,7 @@ def test_no_module_is_allowed_where_none_is_needed(tiny):
 def test_presets_are_valid_and_differ(name):
   config = config_lib.preset(config_lib.Config(), name)
   validate.validate(config)
-  assert config_lib.differences(config, config_lib.Config()) or name == 'dapo'
+  assert config_io.differences(config, config_lib.Config()) or name == 'dapo'
 
 
 def test_presets_combine_and_keep_other_fields():
@@ -94,31 +94,31 @@ def test_presets_combine_and_keep_other_fields():
 
 def test_round_trip_and_differences():
   config = config_lib.preset(config_lib.Config(seed=3), 'cispo')
-  again = config_lib.from_dict(config_lib.to_dict(config))
+  again = config_io.from_dict(config_io.to_dict(config))
   assert again == config and hash(again) == hash(config)
   again.mtp.coef, again.seed = .7, 4
-  assert config_lib.differences(config, again) == ['seed', 'mtp.coef']
+  assert config_io.differences(config, again) == ['seed', 'mtp.coef']
 
 
 def test_foreign_config_files_are_named(tmp_path):
   path = tmp_path / 'config.json'
   with pytest.raises(config_lib.ConfigError, match='does not exist'):
-    config_lib.load(path)
+    config_io.load(path)
   for text, said in (('{', 'not a config'), ('[]', 'not a config'),
                      ('{"nope": 1}', 'nope'), ('{"rl": {"x": 1}}', "'x'")):
     path.write_text(text)
     with pytest.raises(config_lib.ConfigError, match=said):
-      config_lib.load(path)
+      config_io.load(path)
 
 
-@pytest.mark.parametrize('old, new', config_lib.RENAMED.items())
+@pytest.mark.parametrize('old, new', config_io.RENAMED.items())
 def test_an_old_name_is_refused_with_the_new_one(old, new):
   section, field = old.split('.')
   said = f'{old} is now called {new};'
   with pytest.raises(config_lib.ConfigError, match=said):
-    config_lib.from_dict({section: {field: 1}})
+    config_io.from_dict({section: {field: 1}})
   with pytest.raises(config_lib.ConfigError, match=said):
-    config_lib.assign(config_lib.Config(), old, '1')
+    config_io.assign(config_lib.Config(), old, '1')
   config = config_lib.Config()
   setattr(getattr(config, section), field, 1)  # as a config file may
   with pytest.raises(config_lib.ConfigError, match=said):
@@ -132,7 +132,7 @@ def test_an_old_name_is_refused_with_the_new_one(old, new):
     ('occ.solver', 'per_head', 'per_module')])
 def test_an_old_value_is_refused_with_the_new_one(name, old, new):
   config = config_lib.Config()
-  config_lib.assign(config, name, old)
+  config_io.assign(config, name, old)
   with pytest.raises(config_lib.ConfigError,
                      match=f'{name}={old} is now called {new}'):
     validate.validate(config)

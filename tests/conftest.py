@@ -10,7 +10,8 @@ import jaxlib
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import metrics, validate
+from mtp_rl import validate
+from mtp_rl.run import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 

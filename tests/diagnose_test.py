@@ -11,11 +11,12 @@ import optax
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import estimators, metrics, occ, trainer, types
-from mtp_rl import workdir as workdir_lib
+from mtp_rl import config_io, estimators, occ, trainer, types
 from mtp_rl.diagnose import measure, study, summary
 from mtp_rl.report import intervals
 from mtp_rl.rollout import experience
+from mtp_rl.run import metrics
+from mtp_rl.run import workdir as workdir_lib
 from tests import conftest
 
 N, ETA = 10, .2
@@ -229,7 +230,7 @@ def test_what_cannot_be_diagnosed_is_one_sentence(run, tmp_path):
   assert 'config.json does not exist' in _said(tmp_path)
   config = conftest.tiny_config(mtp=dict(modules=0, regime='rl_only'))
   path = tmp_path / 'config.json'
-  metrics.write_json(str(path), config_lib.to_dict(config))
+  metrics.write_json(str(path), config_io.to_dict(config))
   assert 'mtp.modules=0' in _said(tmp_path)
   for name in ('config.json', 'tokenizer.json'):
     shutil.copy(os.path.join(run, name), tmp_path / name)

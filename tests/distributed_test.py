@@ -18,16 +18,10 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_rl import (
-  checkpoint,
-  distributed,
-  metrics,
-  sharding,
-  train_step,
-  trainer,
-)
 from mtp_rl import config as config_lib
+from mtp_rl import config_io, distributed, sharding, train_step, trainer
 from mtp_rl.evaluation import scoring
+from mtp_rl.run import checkpoint, metrics
 from tests import conftest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -108,7 +102,7 @@ def _end(children, seconds=240):
 
 def _train(config, workdir):
   path = f'{workdir}.json'
-  metrics.write_json(path, config_lib.to_dict(config))
+  metrics.write_json(path, config_io.to_dict(config))
   return ['-m', 'experiments.train', f'--config=configs/from_json.py:{path}',
           f'--workdir={workdir}']
 
@@ -137,7 +131,7 @@ def _rows(workdir):
 
 def _state(workdir):
   """The last state of a run, and the steps that were saved."""
-  config = config_lib.load(os.path.join(workdir, 'config.json'))
+  config = config_io.load(os.path.join(workdir, 'config.json'))
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     saved = checkpoint.Checkpoints(

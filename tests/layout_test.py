@@ -12,9 +12,10 @@ FLOORS = (
      'report.style'),
     ('config', 'report.run_figures', 'report.comparison_figures',
      'report.diagnosis_figures'),
-    ('sharding', 'tokenizers', 'signals', 'distributed', 'objectives.masked'),
+    ('config_io', 'sharding', 'tokenizers', 'run.signals', 'distributed',
+     'objectives.masked'),
     ('models.attention', 'models.moe', 'models.presets', 'models.sources',
-     'metrics', 'checkpoint', 'optim', 'objectives.advantages',
+     'run.metrics', 'run.checkpoint', 'optim', 'objectives.advantages',
      'objectives.policy', 'tasks.workers', 'tasks.generated', 'occ'),
     ('models.transformer', 'tasks.verifiers', 'tasks.datasets',
      'objectives.mtp', 'rollout.layout', 'rollout.packing', 'estimators',
@@ -27,7 +28,7 @@ FLOORS = (
     ('gradients', 'rollout.sampler'),
     ('regimes', 'rollout.experience', 'evaluation.held_out'),
     ('train_step', 'validate'),
-    ('workdir', 'aot.programs', 'compare.grid'),
+    ('run.workdir', 'aot.programs', 'compare.grid'),
     ('warmup', 'compare.study'),
     ('trainer', 'diagnose.measure'),
     ('evaluation.scoring', 'diagnose.summary'),
@@ -35,7 +36,7 @@ FLOORS = (
 )
 LEVEL = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 PACKAGES = ('', 'models', 'objectives', 'rollout', 'compare', 'diagnose',
-            'aot', 'report', 'evaluation')
+            'aot', 'report', 'evaluation', 'run')
 # What a newcomer reads from the launcher to the optax update, in this order;
 # mtp_rl/README.md says what each does.
 ONE_STEP = ('experiments/train.py', 'mtp_rl/trainer.py',

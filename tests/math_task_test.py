@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import metrics, tasks, tokenizers, trainer
-from mtp_rl import workdir as workdir_lib
+from mtp_rl import tasks, tokenizers, trainer
+from mtp_rl.run import metrics
+from mtp_rl.run import workdir as workdir_lib
 from mtp_rl.tasks import datasets, real_math
 from tests import conftest, tokenizers_test
 

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_rl import sharding, train_step, trainer, tree, workdir
+from mtp_rl import sharding, train_step, trainer, tree
+from mtp_rl.run import workdir
 from tests import batches, conftest
 
 

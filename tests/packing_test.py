@@ -9,18 +9,12 @@ import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import (
-  forward,
-  gradients,
-  metrics,
-  sharding,
-  train_step,
-  trainer,
-)
+from mtp_rl import forward, gradients, sharding, train_step, trainer
 from mtp_rl.diagnose import measure
 from mtp_rl.models import attention
 from mtp_rl.objectives import logprobs, masked, policy
 from mtp_rl.rollout import packing
+from mtp_rl.run import metrics
 from tests import batches, conftest
 
 V, S, ROWS = batches.V, batches.S, batches.ROWS

@@ -7,8 +7,9 @@ import pathlib
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import metrics, trainer
+from mtp_rl import trainer
 from mtp_rl.evaluation import held_out, scoring
+from mtp_rl.run import metrics
 from tests import conftest
 
 MATH = ('task.name=math', 'task.template=plain', 'task.train=mine',

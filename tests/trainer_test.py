@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_rl import checkpoint, metrics, sharding, train_step, trainer
 from mtp_rl import config as config_lib
+from mtp_rl import config_io, sharding, train_step, trainer
+from mtp_rl.run import checkpoint, metrics
 from tests import conftest
 
 V = 14  # tokens of the task's tokenizer
@@ -75,7 +76,7 @@ def test_a_run_leaves_what_it_promises(whole):
   assert os.listdir(os.path.join(workdir, 'events'))
   with open(os.path.join(workdir, 'summary.json'), encoding='utf-8') as f:
     assert json.load(f) == summary
-  assert config_lib.load(os.path.join(workdir, 'config.json')) == _config()
+  assert config_io.load(os.path.join(workdir, 'config.json')) == _config()
 
 
 @pytest.mark.parametrize('kind', [

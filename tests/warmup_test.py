@@ -11,18 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_rl import (
-  checkpoint,
-  metrics,
-  sharding,
-  train_step,
-  trainer,
-  tree,
-  warmup,
-)
 from mtp_rl import config as config_lib
-from mtp_rl import workdir as workdir_lib
+from mtp_rl import config_io, sharding, train_step, trainer, tree, warmup
 from mtp_rl.models import pretrained
+from mtp_rl.run import checkpoint, metrics
+from mtp_rl.run import workdir as workdir_lib
 from tests import conftest, published
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -86,7 +79,7 @@ def test_the_modules_learn_and_the_pretrained_trunk_stays(whole, folder):
   for part in (tree.theta, tree.psi):
     assert float(tree.norm(jax.tree.map(np.subtract, part(last),
                                         part(warm)))) > 0
-  saved = config_lib.load(os.path.join(workdir, 'config.json'))
+  saved = config_io.load(os.path.join(workdir, 'config.json'))
   assert saved.model.pretrained == folder
 
 

@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec as P
 from mtp_rl import config as config_lib
 from mtp_rl import (
   forward,
-  metrics,
   regimes,
   sharding,
   tokenizers,
@@ -31,6 +30,7 @@ from mtp_rl import (
 from mtp_rl.aot import hlo
 from mtp_rl.report import tables
 from mtp_rl.rollout import layout, sampler
+from mtp_rl.run import metrics
 
 GIB = 2 ** 30
 # jaxlib cannot parse asynchronous SparseCore operations in a program's text,

@@ -17,8 +17,8 @@ import re
 from typing import NamedTuple
 
 from mtp_rl import config as config_lib
+from mtp_rl import config_io, validate
 from mtp_rl import estimators as estimators_lib
-from mtp_rl import validate
 
 PRESETS = ('table1', 'table2', 'trace')
 CLIPS = ('paper', 'separate')
@@ -106,7 +106,7 @@ def preset_variants(base: config_lib.Config, preset, clips=CLIPS,
         config = config_lib.preset(copy.deepcopy(base), objective)
         _clip(config, kind)
         for name, value in overrides.items():
-          config_lib.assign(config, name, value)
+          config_io.assign(config, name, value)
         out.append(Variant(f'{group}-{label}', group, label, config))
   return out
 
@@ -137,7 +137,7 @@ def free_variants(base: config_lib.Config, text):
       if not equals:
         raise config_lib.ConfigError(
             f'--variants: {setting!r} of {name} is no section.field=value')
-      config_lib.assign(config, field.strip(), value.strip())
+      config_io.assign(config, field.strip(), value.strip())
     out.append(Variant(name, 'variants', name, config))
   return out
 
@@ -158,7 +158,7 @@ def check(base: config_lib.Config, variants, overridden=()):
   """
   kept = {}
   for variant in variants:
-    changed = config_lib.differences(base, variant.config)
+    changed = config_io.differences(base, variant.config)
     lost = [n for n in overridden if n in changed]
     if lost:
       raise config_lib.ConfigError(

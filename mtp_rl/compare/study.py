@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import tqdm
 
-from mtp_rl import checkpoint, metrics, signals
 from mtp_rl import config as config_lib
+from mtp_rl import config_io
 from mtp_rl.compare import jobs, summary
 from mtp_rl.report import comparison_figures
+from mtp_rl.run import checkpoint, metrics, signals
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _IGNORED = ('warmup.init', 'run.progress')
@@ -69,15 +70,15 @@ def _job(study: Study, name, seed, module, config: config_lib.Config, complete,
   workdir = study.path(name, seed)
   found = os.path.join(workdir, 'config.json')
   if os.path.exists(found):
-    changed = [n for n in config_lib.differences(config,
-                                                 config_lib.load(found))
+    changed = [n for n in config_io.differences(config,
+                                                 config_io.load(found))
                if n not in _IGNORED]
     if changed:
       raise config_lib.ConfigError(
           f'{workdir} holds a run that differs in {", ".join(changed)}; '
           'choose another --workdir, or the same settings')
   path = os.path.join(study.workdir, 'configs', f'{name}_seed_{seed}.json')
-  metrics.write_json(path, config_lib.to_dict(config))
+  metrics.write_json(path, config_io.to_dict(config))
   command = [sys.executable, '-m', f'experiments.{module}',
              f'--config={_ROOT}/configs/from_json.py:{path}',
              f'--workdir={workdir}']
@@ -205,7 +206,7 @@ def write_report(study: Study, failed=None):
        'failed': failed or {}, 'variants': metrics.to_json(rows),
        'overrides': {v.name: {
            n: _field(v.config, n)
-           for n in config_lib.differences(v.config, study.base)}
+           for n in config_io.differences(v.config, study.base)}
            for v in study.variants}})
   path = os.path.join(study.workdir, 'comparison.md')
   text = summary.markdown(rows, title)

@@ -8,8 +8,8 @@ import json
 import os
 import statistics
 
-from mtp_rl import metrics
 from mtp_rl.report import intervals, tables
+from mtp_rl.run import metrics
 
 METRICS = {
     'greedy': 'held-out greedy',

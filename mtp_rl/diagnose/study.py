@@ -14,12 +14,13 @@ import jax
 import numpy as np
 import tqdm
 
-from mtp_rl import checkpoint, metrics, trainer, tree, validate, warmup
 from mtp_rl import config as config_lib
-from mtp_rl import workdir as workdir_lib
+from mtp_rl import config_io, trainer, tree, validate, warmup
 from mtp_rl.diagnose import measure, summary
 from mtp_rl.report import diagnosis_figures, style
 from mtp_rl.rollout import experience
+from mtp_rl.run import checkpoint, metrics
+from mtp_rl.run import workdir as workdir_lib
 
 # Steps whose prompts serve as fresh ones: training never gets this far.
 FRESH, FURTHER = 10 ** 6, 2 * 10 ** 6
@@ -131,7 +132,7 @@ def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
   Raises:
     config.ConfigError: one sentence on what is wrong and how to fix it.
   """
-  own = config_lib.load(os.path.join(workdir, 'config.json'))
+  own = config_io.load(os.path.join(workdir, 'config.json'))
   config = measure.measuring_config(own, bound, disjoint_parts)
   validate.validate(config)
   run = workdir_lib.reopen(own, workdir)

@@ -7,11 +7,12 @@ import os
 
 import jax
 
-from mtp_rl import checkpoint, distributed, metrics, trainer, validate
 from mtp_rl import config as config_lib
-from mtp_rl import workdir as workdir_lib
+from mtp_rl import config_io, distributed, trainer, validate
 from mtp_rl.evaluation import held_out
 from mtp_rl.report import intervals, tables
+from mtp_rl.run import checkpoint, metrics
+from mtp_rl.run import workdir as workdir_lib
 
 # Sections that --set may change; the others say how the model was trained.
 MAY_SET = ('task.', 'rollout.', 'eval.', 'mesh.')
@@ -99,7 +100,7 @@ def configure(config: config_lib.Config, samples, settings):
       raise config_lib.ConfigError(
           f'--set={setting} is not section.field=value with a section of '
           f'{", ".join(s[:-1] for s in MAY_SET)}')
-    config_lib.assign(config, name, text)
+    config_io.assign(config, name, text)
   config.eval.samples = samples or (32 if config.task.name == 'math' else 16)
   validate.validate(config)
   return config
@@ -107,7 +108,7 @@ def configure(config: config_lib.Config, samples, settings):
 
 def _identity(config: config_lib.Config, where, step, task):
   """Return what determines the samples of a checkpoint under a config."""
-  values = {k: v for k, v in config_lib.to_dict(config).items()
+  values = {k: v for k, v in config_io.to_dict(config).items()
             if k not in _IRRELEVANT}
   values['eval'] = {k: v for k, v in values['eval'].items() if k != 'every'}
   values['task'] = {k: v for k, v in values['task'].items()
@@ -139,7 +140,7 @@ def score_checkpoint(workdir, phase, step, samples, settings=()):
     config.ConfigError: there is no such checkpoint, it is damaged, or a
       setting cannot work.
   """
-  config = configure(config_lib.load(os.path.join(workdir, 'config.json')),
+  config = configure(config_io.load(os.path.join(workdir, 'config.json')),
                      samples, settings)
   run = workdir_lib.reopen(config, workdir)
   where = workdir_lib.existing_checkpoints(run, phase)

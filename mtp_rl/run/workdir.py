@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mtp_rl import config as config_lib
 from mtp_rl import (
-  checkpoint,
+  config_io,
   distributed,
-  metrics,
   prng,
   sharding,
   tasks,
   tokenizers,
   validate,
 )
-from mtp_rl import config as config_lib
 from mtp_rl.models import pretrained
 from mtp_rl.rollout import sampler
+from mtp_rl.run import checkpoint, metrics
 
 # Fields that may change when a workdir is resumed. rl.steps may as well under a
 # constant schedule; under others the learning rate depends on it.
@@ -86,13 +86,13 @@ def setup(config: config_lib.Config, workdir):
     if report is not None:
       _same_data(data, report)
   differing = distributed.differing({
-      'config': config_lib.to_dict(config),
+      'config': config_io.to_dict(config),
       'tokenizer': task.tokenizer.to_dict(), 'data': report})
   if differing:
     raise config_lib.ConfigError(
         f'the processes differ in {", ".join(differing)}; start all of them '
         'with the same command on the same files')
-  metrics.write_json(path, config_lib.to_dict(config))
+  metrics.write_json(path, config_io.to_dict(config))
   metrics.write_json(os.path.join(workdir, 'tokenizer.json'),
                      task.tokenizer.to_dict())
   if report is not None:
@@ -139,7 +139,7 @@ def _same_config(path, config: config_lib.Config):
   free = _MAY_CHANGE
   if config.optim.schedule == 'constant':
     free += ('rl.steps',)
-  changed = [n for n in config_lib.differences(config, config_lib.load(path))
+  changed = [n for n in config_io.differences(config, config_io.load(path))
              if n not in free]
   if changed:
     raise config_lib.ConfigError(
@@ -182,7 +182,7 @@ def _same_data(path, report):
 
 def _tokenizer_of_warmup(workdir):
   """Return the tokenizer of a workdir whose warm-up is complete."""
-  steps = config_lib.load(os.path.join(workdir, 'config.json')).warmup.steps
+  steps = config_io.load(os.path.join(workdir, 'config.json')).warmup.steps
   directory = os.path.join(workdir, 'checkpoints', 'warmup', str(steps))
   if not os.path.isdir(directory):
     raise config_lib.ConfigError(
