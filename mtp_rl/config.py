@@ -68,10 +68,12 @@ class Model:
 @dataclasses.dataclass(unsafe_hash=True)
 class MTP:
   """The MTP modules and how they meet the RL objective."""
-  modules: int = 1  # K
+  modules: int = 1  # sets of parameters; `depths` gives K
+  unroll: int = 1  # depths of one module applied to its own states
   kind: str = 'sequential'  # depth k sees x_{i+k}; 'parallel': the trunk alone
   regime: str = 'occ'  # see regimes.py
-  coef: float = 0.1  # fixed lambda of 'ce' and 'policy', split over modules
+  theta_loss: str = 'policy'  # theta's MTP loss in regimes 'fixed' and 'occ'
+  coef: float = 0.1  # fixed lambda of 'ce', 'policy' and 'fixed', over K
   reference: str = 'main_old'  # delta_MTP = log pi_MTP - log pi_<reference>
   psi_loss: str = 'ce'  # psi's own loss; 'theta': lambda * the loss of theta
   psi_coef: float = 1.  # psi's own coefficient (unused by 'theta')
@@ -141,11 +143,12 @@ class Optim:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Warmup:
-  """Supervised training before RL: next-token and MTP cross-entropy."""
+  """Supervised training before RL: next-token and MTP losses."""
   steps: int = 0
   batch: int = 128
   lr: float = 2e-3
   mtp_coef: float = 1.
+  mtp_loss: str = 'ce'  # of the MTP modules; see objectives/acceptance.py
   train: str = 'all'  # 'mtp': the MTP modules, everything else frozen
   data: str = 'solutions'  # 'samples': the model's own, for training prompts
   pool: int = 1  # rollouts (rl.prompts x rl.group samples) of one pool
@@ -232,6 +235,14 @@ class Config:
   eval: Eval = dataclasses.field(default_factory=Eval)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   run: Run = dataclasses.field(default_factory=Run)
+
+
+def depths(mtp: MTP):
+  """Return K, how many tokens ahead the MTP modules predict.
+
+  That is mtp.modules, or mtp.unroll where one module is applied that often.
+  """
+  return mtp.modules * mtp.unroll
 
 
 _RL_PRESETS = {

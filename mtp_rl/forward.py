@@ -22,6 +22,7 @@ from mtp_rl import sharding, tree, types
 from mtp_rl.models import attention, moe, transformer
 from mtp_rl.models import mtp as mtp_model
 from mtp_rl.objectives import logprobs
+from mtp_rl.objectives import mtp as mtp_loss
 
 
 def network(config: config_lib.Config):
@@ -35,7 +36,7 @@ def network(config: config_lib.Config):
 def init(config: config_lib.Config, key):
   """Return random parameters, float32, from a PRNG key."""
   net = network(config)
-  example = jnp.zeros((1, config.mtp.modules + 2), jnp.int32)
+  example = jnp.zeros((1, config_lib.depths(config.mtp) + 2), jnp.int32)
   return net.init(key, example, jnp.ones_like(example, bool))['params']
 
 
@@ -88,7 +89,7 @@ def _for_rows(config: config_lib.Config, rows):
 
 
 def score(params, rows: types.Tokens, *, config: config_lib.Config,
-          with_mtp=True, entropy=False, acceptance=False):
+          with_mtp=True, entropy=False, acceptance=False, divergence=False):
   """Return the `logprobs.LogProbs` of the response tokens under params.
 
   The last rollout.max_response columns are scored, or all T of packed rows.
@@ -101,7 +102,7 @@ def score(params, rows: types.Tokens, *, config: config_lib.Config,
     rows: `types.Tokens`.
     config: `config.Config`.
     with_mtp: whether the MTP modules are scored.
-    entropy, acceptance: see `logprobs.token_logprobs`.
+    entropy, acceptance, divergence: see `logprobs.token_logprobs`.
   """
   config = _for_rows(config, rows)
   net = network(config)
@@ -111,7 +112,8 @@ def score(params, rows: types.Tokens, *, config: config_lib.Config,
         {'params': params}, rows.tokens, rows.attending, with_mtp,
         mutable=[moe.LOAD])
     out = _token_logprobs(config, hidden, ahead, params, rows,
-                          entropy=entropy, acceptance=acceptance)
+                          entropy=entropy, acceptance=acceptance,
+                          divergence=divergence)
     return out._replace(load=moe.load(seen))
 
   return _microbatched(one, config.rl.microbatches)(params, rows)
@@ -135,14 +137,14 @@ class Forward(NamedTuple):
   Attributes:
     main: [B, S].
     entropy: [B, S], or None.
-    mtp: [B, S, K], or None where the MTP modules were left out.
+    mtp: `mtp_loss.Scores`, or None where the MTP modules were left out.
     pull_main: function (d_main, d_entropy) -> `Boundary`.
     pull_mtp: function d_mtp -> (`Boundary`, gradient over psi), or None.
     pull_trunk: function `Boundary` -> gradient over theta.
   """
   main: jax.Array
   entropy: jax.Array | None
-  mtp: jax.Array | None
+  mtp: mtp_loss.Scores | None
   pull_main: Callable
   pull_mtp: Callable | None
   pull_trunk: Callable
@@ -150,7 +152,7 @@ class Forward(NamedTuple):
 
 def _stages(config: config_lib.Config, entropy):
   """Return the functions of the stages: trunk, main head, MTP modules."""
-  net = network(config)
+  net, divergence = network(config), mtp_loss.reads_teacher(config.mtp)
 
   def trunk(params, rows):
     return net.apply({'params': params}, rows.tokens, rows.attending,
@@ -164,7 +166,10 @@ def _stages(config: config_lib.Config, entropy):
   def ahead(params, x, rows):
     states = net.apply({'params': params}, x, rows.tokens, rows.attending,
                        method='ahead')
-    return _token_logprobs(config, None, states, params, rows).mtp
+    teacher = net.apply({'params': params}, x, method='norm')
+    out = _token_logprobs(config, teacher if divergence else None, states,
+                          params, rows, divergence=divergence)
+    return mtp_loss.Scores(out.mtp, out.kl, out.overlap)
 
   run = functools.partial(_microbatched, microbatches=config.rl.microbatches)
   return run(trunk), run(main), run(ahead)
@@ -196,11 +201,11 @@ def forward(params, rows: types.Tokens, *, config: config_lib.Config,
                 None, pull_trunk)
   if not with_mtp:
     return out
-  logp, back_mtp = jax.vjp(
+  scores, back_mtp = jax.vjp(
       lambda p, psi, x: ahead({**p, **psi}, x, rows), above, psi, x)
 
   def pull_mtp(d_mtp):
     readout, d_psi, d_trunk = back_mtp(d_mtp)
     return Boundary(readout, d_trunk), d_psi
 
-  return out._replace(mtp=logp, pull_mtp=pull_mtp)
+  return out._replace(mtp=scores, pull_mtp=pull_mtp)

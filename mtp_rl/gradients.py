@@ -37,7 +37,7 @@ class Minibatch(NamedTuple):
     parts: list of n `forward.Forward`, one per part.
     main: [B, S], log-probs of the main head.
     entropy: [B, S], or 0 where rl.entropy_coef is 0.
-    mtp: [B, S, K], log-probs of the MTP modules; None in rl_only.
+    mtp: `mtp_loss.Scores` of the MTP modules; None in rl_only.
     mtp_mask: bool [B, S, K], response tokens that depth k can predict.
     deltas: delta_RL, delta_MTP; see `occ.deltas`.
     objective: J, float32 [].
@@ -50,7 +50,7 @@ class Minibatch(NamedTuple):
   parts: list
   main: jax.Array
   entropy: jax.Array | float
-  mtp: jax.Array | None
+  mtp: mtp_loss.Scores | None
   mtp_mask: jax.Array | None
   deltas: tuple | None
   objective: jax.Array
@@ -114,13 +114,14 @@ def score(params, batch, config: config_lib.Config):
       parts, _parts(d_main, n, group), d_entropies)]
   mtp = mtp_mask = deltas = None
   if with_mtp:
-    mtp = _whole([f.mtp for f in parts], group)
+    mtp = jax.tree.map(lambda *x: _whole(x, group), *[f.mtp for f in parts])
     mtp_mask = logprobs.mtp_mask(batch.rows.attending, batch.mask.shape[1],
-                                 config.mtp.modules)
+                                 config_lib.depths(config.mtp))
     mtp_mask &= batch.mask[..., None]  # packed rows: leave out prompts
     old = mtp_loss.reference(batch, config.mtp.reference)
-    deltas = occ.deltas(main, mtp, batch.old_main, old, batch.mask, mtp_mask)
-    metrics |= mtp_loss.metrics(mtp, mtp_mask, batch, config)
+    deltas = occ.deltas(main, mtp.logprobs, batch.old_main, old, batch.mask,
+                        mtp_mask)
+    metrics |= mtp_loss.metrics(mtp.logprobs, mtp_mask, batch, config)
   return Minibatch(params, batch, config, parts, main, entropy, mtp, mtp_mask,
                    deltas, -loss, rl, metrics)
 
@@ -142,8 +143,7 @@ def pull_mtp(work, weights, loss, row_scale=None):
   Args:
     work: `Minibatch`.
     weights: float32 [K].
-    loss: 'ce' or 'policy'.
-    row_scale: see `mtp_loss.losses`.
+    loss, row_scale: see `mtp_loss.losses`.
   """
   def total(mtp):
     return -jnp.sum(weights * mtp_loss.losses(
@@ -156,7 +156,7 @@ def pull_mtp(work, weights, loss, row_scale=None):
 
 def pull_each(work, loss):
   """Return a list of K `Pull`s, the k-th that of -L_k alone."""
-  k = work.config.mtp.modules
+  k = config_lib.depths(work.config.mtp)
   return [pull_mtp(work, jax.nn.one_hot(i, k), loss) for i in range(k)]
 
 
@@ -247,11 +247,12 @@ class Choice(NamedTuple):
 
   Attributes:
     state: the new `types.OccState`.
-    loss: the MTP loss that theta follows beside J, 'ce' or 'policy', or None.
+    loss: the MTP loss that theta follows beside J, see `mtp_loss.losses`, or
+      None.
     lam: float32 [K], lambda, the coefficients of that loss.
     row_scale: float [B], factor on the advantages of that loss, or None.
-    psi_loss: psi's own loss, 'ce' or 'policy'; None: psi follows lambda times
-      theta's loss; 'frozen': psi is not trained.
+    psi_loss: psi's own loss, likewise; None: psi follows lambda times theta's
+      loss; 'frozen': psi is not trained.
     psi: float32 [K], the coefficients of psi's own loss.
     each: K `Pull`s of theta's loss, one per module, if the regime has computed
       them.

@@ -26,13 +26,18 @@ class Step(NamedTuple):
   precondition: Callable | None = None
 
 
+def _evenly(coef, config: config_lib.MTP):
+  """Return a coefficient split over the K depths, float32 [K]."""
+  k = config_lib.depths(config)
+  return jnp.full((k,), coef / k)
+
+
 def _own_psi(config: config_lib.Config):
   """Return the `Choice` fields of psi's own loss; {} if it follows theta's."""
   m = config.mtp
   if m.psi_loss == 'theta':
     return {}
-  return dict(psi_loss=m.psi_loss, psi=jnp.full((m.modules,), m.psi_coef
-                                                / m.modules))
+  return dict(psi_loss=m.psi_loss, psi=_evenly(m.psi_coef, m))
 
 
 def rl_only(work, state, step):
@@ -42,23 +47,27 @@ def rl_only(work, state, step):
 
 
 def detach(work, state, step):
-  """theta follows the RL loss alone, psi the cross-entropy."""
+  """theta follows the RL loss alone, psi a loss of its own."""
   del step
   m = work.config.mtp
-  psi = _own_psi(work.config) or dict(
-      psi_loss='ce', psi=jnp.full((m.modules,), m.coef / m.modules))
-  lam = jnp.zeros((m.modules,))
+  psi = _own_psi(work.config) or dict(psi_loss='ce', psi=_evenly(m.coef, m))
+  lam = _evenly(0., m)
   return gradients.Choice(state, None, lam, **psi,
                           metrics=_metrics(work, lam))
 
 
-def _fixed(loss):
-  """Return the regime with constant lambda: mtp.coef / K for each module."""
+def _fixed(loss=None):
+  """Return the regime with constant lambda: mtp.coef / K for each module.
+
+  Args:
+    loss: theta's MTP loss; None: mtp.theta_loss.
+  """
   def fixed(work, state, step):
     del step
     m = work.config.mtp
-    lam = jnp.full((m.modules,), m.coef / m.modules)
-    return gradients.Choice(state, loss, lam, **_own_psi(work.config),
+    lam = _evenly(m.coef, m)
+    return gradients.Choice(state, loss or m.theta_loss, lam,
+                            **_own_psi(work.config),
                             metrics=_metrics(work, lam))
   return fixed
 
@@ -80,9 +89,9 @@ def occ_authors(work, state, step):
 
 def measured(work, state, step):
   """OCC: lambda from occ.estimator, then bounded, averaged and guarded."""
-  config = work.config.occ
+  config, loss = work.config.occ, work.config.mtp.theta_loss
   estimator = estimators.ESTIMATORS[config.estimator]
-  each = gradients.pull_each(work, 'policy') if estimator.pulls else None
+  each = gradients.pull_each(work, loss) if estimator.pulls else None
   found = gradients.evidence(
       work, each, estimator.reads, eta=step.eta, smoothness=state.smoothness,
       precondition=step.precondition)
@@ -95,7 +104,7 @@ def measured(work, state, step):
              'cos': jnp.mean(occ.cosine(estimate.products)),
              'lambda_star': jnp.mean(estimate.lam), **estimate.info}
   return gradients.Choice(
-      state, 'policy', lam, **_own_psi(work.config), each=each,
+      state, loss, lam, **_own_psi(work.config), each=each,
       gradients=found.gradients, metrics=_metrics(work, lam) | {
           f'occ/{config.estimator}/{k}': v for k, v in numbers.items()})
 
@@ -113,7 +122,7 @@ def _metrics(work, lam):
 
 
 REGIMES = {'rl_only': rl_only, 'detach': detach, 'ce': _fixed('ce'),
-           'policy': _fixed('policy'), 'occ': measured,
+           'policy': _fixed('policy'), 'fixed': _fixed(), 'occ': measured,
            'occ_authors': occ_authors}
 
 

@@ -22,7 +22,7 @@ from mtp_rl import (
   tree,
   types,
 )
-from mtp_rl.objectives import logprobs, masked
+from mtp_rl.objectives import acceptance, logprobs, masked
 from mtp_rl.objectives import mtp as mtp_loss
 
 
@@ -90,21 +90,22 @@ def supervised_step(state, batch, *, config: config_lib.Config, transform,
   With warmup.train='mtp' only the MTP modules get a gradient, and the metrics
   include how often a module's argmax equals the main head's.
   """
-  alone, columns = config.warmup.train == 'mtp', config.rollout.max_response
+  w, k = config.warmup, config_lib.depths(config.mtp)
+  alone, columns = w.train == 'mtp', config.rollout.max_response
   mask = batch.valid[:, -columns:]
-  mtp_mask = logprobs.mtp_mask(batch.valid, columns, config.mtp.modules)
+  mtp_mask = logprobs.mtp_mask(batch.valid, columns, k)
 
   def loss_fn(trained):
     out = forward.score({**state.params, **trained}, batch, config=config,
-                        acceptance=alone)
+                        acceptance=alone, divergence=w.mtp_loss != 'ce')
     main = masked.mean(-out.main, mask)
-    ahead = mtp_loss.cross_entropy(out.mtp, mtp_mask)
-    total = main + config.warmup.mtp_coef * jnp.sum(ahead) / max(
-        config.mtp.modules, 1)
-    metrics = {f'mtp_{k + 1}/loss': x for k, x in enumerate(ahead)}
+    ahead = mtp_loss.supervised_losses(
+        mtp_loss.Scores(out.mtp, out.kl, out.overlap), mtp_mask, w.mtp_loss)
+    total = main + w.mtp_coef * jnp.sum(ahead) / max(k, 1)
+    metrics = {f'mtp_{k + 1}/loss': x for k, x in enumerate(
+        mtp_loss.cross_entropy(out.mtp, mtp_mask))}
     if alone:
-      agree = masked.mean(out.top1.astype(jnp.float32), mtp_mask, axis=(0, 1))
-      metrics |= {f'mtp_{k + 1}/accept_top1': x for k, x in enumerate(agree)}
+      metrics |= acceptance.metrics(out.top1, out.overlap, mtp_mask)
     return total, metrics | {'warmup/loss': main}
 
   trained = tree.psi(state.params) if alone else state.params
@@ -160,7 +161,7 @@ def make(config: config_lib.Config, mesh, phase='rl'):
   def init(key):
     params = forward.init(config, key)
     return types.TrainState(jnp.int32(0), params, transform.init(params),
-                            occ.initial_state(config.mtp.modules,
+                            occ.initial_state(config_lib.depths(config.mtp),
                                               config.occ.lambda_plus))
 
   def init_rest(key):

@@ -4,7 +4,7 @@ import dataclasses
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io, estimators, regimes, tasks
-from mtp_rl.objectives import masked
+from mtp_rl.objectives import acceptance, masked
 
 CHOICES = {
     'model.remat': ('none', 'dots', 'attention', 'block'),
@@ -13,7 +13,8 @@ CHOICES = {
     'model.dtype': ('float32', 'bfloat16'),
     'mtp.regime': tuple(regimes.REGIMES),
     'mtp.reference': ('main_old', 'mtp_old'),
-    'mtp.psi_loss': ('ce', 'policy', 'theta'),
+    'mtp.psi_loss': ('ce', 'policy', 'theta', *acceptance.LOSSES),
+    'mtp.theta_loss': ('ce', 'policy', *acceptance.LOSSES),
     'mtp.kind': ('sequential', 'parallel'),
     'mtp.concat': ('h_emb', 'emb_h'),
     'mtp.hidden': ('post_norm', 'pre_norm'),
@@ -25,6 +26,7 @@ CHOICES = {
     'rl.aggregation': masked.AGGREGATIONS,
     'rl.kl_kind': ('k1', 'k2', 'k3'),
     'warmup.train': ('all', 'mtp'),
+    'warmup.mtp_loss': ('ce', *acceptance.LOSSES),
     'warmup.data': ('solutions', 'samples'),
     'optim.clip_mode': ('separate', 'joint'),
     'optim.schedule': ('constant', 'cosine', 'linear'),
@@ -38,6 +40,7 @@ _POSITIVE = {
     'rl': ('prompts', 'group', 'minibatches', 'microbatches', 'lr'),
     'warmup': ('batch', 'lr', 'pool', 'pool_steps'),
     'rollout': ('max_prompt', 'max_response'),
+    'mtp': ('unroll',),
     'occ': ('probe_every', 'disjoint_parts'),
     'eval': ('every', 'samples', 'batch'),
     'mesh': ('data', 'fsdp', 'tensor', 'expert'),
@@ -95,9 +98,20 @@ def _validate_mtp(config: config_lib.Config):
   _need(m.regime == 'rl_only' or m.modules >= 1,
         f'mtp.regime={m.regime} needs an MTP module, but mtp.modules=0; set '
         'mtp.modules=1 or mtp.regime=rl_only')
-  _need(m.regime != 'occ_authors' or m.modules == 1,
-        f'mtp.regime=occ_authors is defined for one module, but mtp.modules='
-        f'{m.modules}; set mtp.modules=1 or mtp.regime=occ')
+  _need(m.unroll == 1 or m.modules == 1,
+        f'mtp.unroll={m.unroll} applies one module again and again, but '
+        f'mtp.modules={m.modules}; set mtp.modules=1 or mtp.unroll=1')
+  _need(m.unroll == 1 or m.kind == 'sequential',
+        f'mtp.unroll={m.unroll} feeds a module its own states, but a parallel '
+        'one reads the trunk alone; set mtp.kind=sequential or mtp.unroll=1')
+  _need(m.regime != 'occ_authors' or config_lib.depths(m) == 1,
+        'mtp.regime=occ_authors is defined for one depth, but mtp.modules='
+        f'{m.modules} and mtp.unroll={m.unroll}; set both to 1, or '
+        'mtp.regime=occ')
+  _need(m.theta_loss == 'policy' or m.regime in ('fixed', 'occ'),
+        f'mtp.theta_loss={m.theta_loss} is read by the regimes fixed and occ, '
+        f'but mtp.regime={m.regime}; set mtp.regime=fixed, or leave '
+        'mtp.theta_loss=policy')
   _need(m.regime == 'occ' or o.estimator == 'logprob',
         f'occ.estimator={o.estimator} is read by mtp.regime=occ only, but '
         f'mtp.regime={m.regime}; set one of the two')
@@ -116,6 +130,10 @@ def _validate_mtp(config: config_lib.Config):
         'occ.estimator=curvature solves for all modules together; set '
         'occ.solver=gram')
   reads = estimators.ESTIMATORS[o.estimator].reads
+  _need(m.regime != 'occ' or m.theta_loss == 'policy' or 'deltas' not in reads,
+        f'occ.estimator={o.estimator} measures log-probs, which stand in for '
+        f'the policy loss alone, but mtp.theta_loss={m.theta_loss}; set an '
+        'estimator that reads gradients, such as occ.estimator=exact')
   measured = m.regime == 'occ_authors' or (
       m.regime == 'occ' and 'deltas' in reads)
   _need(config.rl.minibatches > 1 or not measured,

@@ -17,7 +17,10 @@ REGIMES = (*regimes.REGIMES,
 
 def config(regime='occ', **sections):
   """Return a tiny config; an estimator's name is regime occ with it."""
-  mtp = dict(regime=regime, coef=.3, **sections.pop('mtp', {}))
+  mtp = dict(regime=regime, coef=.3)
+  if regime == 'fixed':
+    mtp |= dict(theta_loss='hybrid', psi_loss='tv_e2e')
+  mtp |= sections.pop('mtp', {})
   extra = sections.pop('occ', {})
   if regime in estimators.ESTIMATORS:
     mtp['regime'] = 'occ'

@@ -17,7 +17,7 @@ from mtp_rl import (
   tree,
 )
 from mtp_rl.models import transformer
-from mtp_rl.objectives import logprobs, policy
+from mtp_rl.objectives import acceptance, logprobs, policy
 from mtp_rl.objectives import mtp as mtp_loss
 from tests import batches, conftest
 
@@ -40,7 +40,8 @@ def _losses(config, modules=1):
   batch = batches.batch(modules)
   mask = logprobs.mtp_mask(batch.valid, S, modules)
   def scored(p):
-    return forward.score(p, batch.rows, config=config, entropy=True)
+    return forward.score(p, batch.rows, config=config, entropy=True,
+                         divergence=True)
   def l_rl(p):
     out = scored(p)
     return policy.rl_loss(out.main, out.entropy, batch, config.rl)[0]
@@ -49,11 +50,16 @@ def _losses(config, modules=1):
   def l_pg(p):
     return mtp_loss.policy_losses(scored(p).mtp, mask, batch, config.rl,
                                   config.mtp.reference)[0]
-  return l_rl, {'ce': l_ce, 'policy': l_pg}
+  def l_draft(loss, p):
+    out = scored(p)
+    return acceptance.losses(loss, out.kl, out.overlap, mask)
+  return l_rl, {'ce': l_ce, 'policy': l_pg} | {
+      x: functools.partial(l_draft, x) for x in acceptance.LOSSES}
 
 
 @pytest.mark.parametrize('regime, modules, psi_loss', [
-    ('ce', 1, 'theta'), ('policy', 2, 'theta'),
+    ('ce', 1, 'theta'), ('policy', 2, 'theta'), ('fixed', 2, 'tv_e2e'),
+    conftest.long('detach', 2, 'kl'),
     conftest.long('policy', 1, 'ce'), conftest.long('occ', 1, 'ce'),
     ('occ', 2, 'policy'), conftest.long('occ', 1, 'policy')])
 def test_one_pullback_is_the_sum_of_the_gradients(regime, modules, psi_loss):
@@ -63,13 +69,13 @@ def test_one_pullback_is_the_sum_of_the_gradients(regime, modules, psi_loss):
       rl=dict(entropy_coef=.1, kl_coef=.05, tis_cap=1.1))
   got, _, metrics = _gradients(config, modules)
   l_rl, l_mtp = _losses(config, modules)
-  kind = 'ce' if regime == 'ce' else 'policy'
+  kind = {'ce': 'ce', 'fixed': 'hybrid'}.get(regime, 'policy')
   if regime == 'occ':
     lam = np.asarray([metrics[f'occ/lambda_{k + 1}'] for k in range(modules)]
                      if modules > 1 else [metrics['occ/lambda']])
     assert np.all(np.abs(lam) > 1e-4)
   else:
-    lam = np.full(modules, .3 / modules)
+    lam = np.full(modules, .3 * (regime != 'detach') / modules)
   own = lam if psi_loss == 'theta' else np.full(modules, 1. / modules)
   theta = jax.jit(jax.grad(lambda p: l_rl(p) + lam @ l_mtp[kind](p)))(
       batches.params(modules))
@@ -314,8 +320,8 @@ def test_l_eta_is_measured_on_the_update_itself():
 
 
 @pytest.mark.parametrize('regime', [
-    *map(conftest.long, ('detach', 'ce', 'exact', 'curvature')), 'occ',
-    'cross_fitted'])
+    *map(conftest.long, ('detach', 'ce', 'fixed', 'exact', 'curvature')),
+    'occ', 'cross_fitted'])
 def test_accumulated_is_whole(regime):
   sections = dict(rl=dict(loss='gspo', dual_clip=0., clip_low=.05,
                           clip_high=.05, aggregation='seq-mean-token-mean'))

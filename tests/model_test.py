@@ -8,6 +8,7 @@ import pytest
 from mtp_rl import config as config_lib
 from mtp_rl import forward, tree, types
 from mtp_rl.models import attention, transformer
+from mtp_rl.models import mtp as mtp_model
 from mtp_rl.objectives import logprobs
 from tests import conftest
 
@@ -206,3 +207,38 @@ def test_each_detach_switch_cuts_its_path_exactly(tied, tiny):
   for g in (hidden, one, other, all_cut):
     np.testing.assert_allclose(tree.norm(tree.psi(g)),
                                tree.norm(tree.psi(free)), rtol=1e-5)
+
+
+def test_an_unrolled_module_is_a_loop_over_its_own_states(tiny):
+  """Values, and the gradient of the one set of parameters."""
+  config = tiny(mtp=dict(unroll=3))
+  net, params = _model(config)
+  assert params['mtp'].keys() == {'depth_1'}
+  tokens, valid = RAGGED
+  module = mtp_model.MTPModule(net.model, config.mtp.concat)
+  angles = transformer.rope_angles(
+      transformer.positions_of(valid), transformer.rotary_channels(net.model),
+      net.model.rope_theta)
+  weights = np.random.default_rng(0).normal(size=(3, *tokens.shape, 16))
+
+  def naive(params):
+    trunk = net.apply({'params': params}, tokens, valid, method='trunk')
+    h = net.apply({'params': params}, trunk, method='norm')
+    embedding = params['embed']['embedding'][tokens]
+    total = 0.
+    for k in range(3):
+      embedding = jnp.concatenate([embedding[:, 1:], embedding[:, :1]], 1)
+      h = module.apply({'params': params['mtp']['depth_1']}, h, embedding,
+                       angles, attention.full(valid))
+      total += jnp.sum(weights[k] * h)
+    return total
+
+  def unrolled(params):
+    states = net.apply({'params': params}, tokens, valid)[1]
+    return jnp.sum(weights * jnp.stack(states))
+
+  want, got = (jax.jit(jax.value_and_grad(f))(params)
+               for f in (naive, unrolled))
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-4, atol=1e-4), got[1], want[1])

@@ -55,8 +55,8 @@ GLM = {'model.n_layers': 46, 'model.n_heads': 96, 'model.n_kv_heads': 8,
 OURS = {'rl.pack', 'model.dtype', 'model.remat', 'model.attention',
         'optim.mu_dtype', 'rollout.tensor', 'rollout.expert',
         'model.head_chunk', 'model.pretrained', 'rl.microbatches', 'rl.kl_kind',
-        'mtp.coef', 'mtp.psi_coef', 'occ.disjoint_parts', 'occ.probe_every',
-        'occ.eta'}
+        'mtp.coef', 'mtp.psi_coef', 'mtp.theta_loss', 'mtp.unroll',
+        'occ.disjoint_parts', 'occ.probe_every', 'occ.eta'}
 
 
 def _count(leaves):

@@ -135,10 +135,11 @@ def _batch(config: config_lib.Config, mesh):
   put = lambda shape, dtype: jax.ShapeDtypeStruct(
       shape, dtype, sharding=sharding.batch_sharding(mesh))
   logp = put((rows, scored), jnp.float32)
+  ahead = put((rows, scored, config_lib.depths(config.mtp)), jnp.float32)
   return types.RolloutBatch(
       put((rows, r + s), jnp.int32),
       put((rows, r + s), bool), put((rows, scored), bool), logp, logp,
-      put((rows, scored, config.mtp.modules), jnp.float32), logp, logp,
+      ahead, logp, logp,
       put((rows, r + s), jnp.int32) if packed else None)
 
 

@@ -33,7 +33,7 @@ CE_COEF, POLICY_COEF = 1., .1
 RESERVED = ('warmup', 'configs', 'cache', 'figures')
 # What all variants share, because the warm-up is trained with it.
 _SHARED = ('seed', 'model.', 'task.', 'warmup.', 'mesh.', 'mtp.modules',
-           'mtp.kind', 'mtp.concat', 'mtp.hidden', 'rollout.max_')
+           'mtp.unroll', 'mtp.kind', 'mtp.concat', 'mtp.hidden', 'rollout.max_')
 
 
 class Variant(NamedTuple):

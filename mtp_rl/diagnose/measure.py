@@ -167,12 +167,13 @@ def measure(state, first, batch, held_out, *, config: config_lib.Config,
   if first is not None:
     state, _ = train_step.train_step(state, first, config=own, rate=rate,
                                      transform=transform)
-  o, modules = config.occ, config.mtp.modules
+  o, modules = config.occ, config_lib.depths(config.mtp)
   work = gradients.score(state.params, batch, config)
   theta, psi = tree.theta(state.params), tree.psi(state.params)
   value = lambda t, rows: gradients.objective({**t, **psi}, rows, config)
-  seen = gradients.evidence(work, gradients.pull_each(work, 'policy'),
-                            ('readout', 'gradients', 'parts', 'hessian'))
+  each = gradients.pull_each(work, config.mtp.theta_loss)
+  seen = gradients.evidence(work, each, ('readout', 'gradients', 'parts',
+                                         'hessian'))
   g_rl, g = seen.gradients
   eta = _step_size(g_rl, state, transform)
 

@@ -15,6 +15,9 @@ With `mtp.kind` 'parallel' (Gloeckle et al. 2024) depth k reads h^0_i alone,
     h^k = norm_k(Block_k(h^0_i))
 
 so it must predict x_{i+k+1} without knowing x_{i+1} .. x_{i+k}.
+
+With `mtp.unroll` one sequential module is every depth: it is applied to its own
+states, K = unroll times (FastMTP, arXiv 2509.18362). K is `config.depths`.
 """
 
 import flax.linen as nn
@@ -56,28 +59,44 @@ class ParallelMTPModule(nn.Module):
 
 
 class MTPModules(nn.Module):
-  """The K MTP modules; parameters 'depth_1' .. 'depth_K'."""
+  """The MTP modules; parameters 'depth_1' .. 'depth_<mtp.modules>'."""
   model: config_lib.Model
   mtp: config_lib.MTP
 
-  @nn.compact
+  def setup(self):
+    parallel = self.mtp.kind == 'parallel'
+    module = transformer.rematerialised(
+        ParallelMTPModule if parallel else MTPModule, self.model.remat)
+    settings = (self.model,) if parallel else (self.model, self.mtp.concat)
+    self.depth = [module(*settings, name=f'depth_{k}')
+                  for k in range(1, self.mtp.modules + 1)]
+
+  def at_depth(self, k, *inputs):
+    """Apply depth k to columns and return its states [B, T, D].
+
+    Depths beyond the last module apply that one again.
+
+    Args:
+      k: depth, from 1.
+      *inputs: those of `MTPModule` (the states of depth k - 1, h^0 for k = 1,
+        and the embedding of token i+k in column i) or `ParallelMTPModule`.
+    """
+    return self.depth[min(k, self.mtp.modules) - 1](*inputs)
+
   def __call__(self, hidden, embeddings, angles, rows):
+    depths = range(1, config_lib.depths(self.mtp) + 1)
     if self.mtp.detach_hidden:
       hidden = jax.lax.stop_gradient(hidden)
     if self.mtp.kind == 'parallel':
-      module = transformer.rematerialised(ParallelMTPModule, self.model.remat)
-      return tuple(module(self.model, name=f'depth_{k}')(hidden, angles, rows)
-                   for k in range(1, self.mtp.modules + 1))
+      return tuple(self.at_depth(k, hidden, angles, rows) for k in depths)
     if self.mtp.detach_embedding:
       embeddings = jax.lax.stop_gradient(embeddings)
-    module = transformer.rematerialised(MTPModule, self.model.remat)
     states = []
-    for k in range(1, self.mtp.modules + 1):
+    for k in depths:
       # Column i takes the embedding of column i+k. The last k columns wrap
       # around; earlier columns do not attend to them.
       ahead = jnp.roll(embeddings, -k, axis=1)
-      hidden = module(self.model, self.mtp.concat, name=f'depth_{k}')(
-          hidden, ahead, angles, rows)
+      hidden = self.at_depth(k, hidden, ahead, angles, rows)
       states.append(hidden)
     return tuple(states)
 

@@ -25,7 +25,9 @@ class LogProbs(NamedTuple):
     mtp: log-probs of the MTP modules.
     entropy: of the main head in nats (None where it was not asked for).
     top1: bool, whether a module's argmax equals the main head's (or None).
-    overlap: sum_v min(p, q_k), the acceptance of speculative sampling (None).
+    overlap: sum_v min(p, q_k) = 1 - TV, the acceptance of speculative
+      sampling; no gradient to the main head's p (or None).
+    kl: KL(p || q_k) in nats, likewise (or None).
     load: int32 [B, L, E], how many valid tokens of a row were routed to each
       expert, for each sparse layer of the trunk (None without experts).
   """
@@ -34,6 +36,7 @@ class LogProbs(NamedTuple):
   entropy: jax.Array | None = None
   top1: jax.Array | None = None
   overlap: jax.Array | None = None
+  kl: jax.Array | None = None
   load: jax.Array | None = None
 
 
@@ -127,7 +130,8 @@ class _Vocabulary(NamedTuple):
     """Return log-probs [..., V] of states [..., D], this device's columns."""
     flat = states.reshape(-1, states.shape[-1])
     matrix = jax.lax.stop_gradient(self.matrix) if detach else self.matrix
-    logits = transformer.matmul(flat, matrix, jnp.float32)
+    wide = jnp.promote_types(flat.dtype, jnp.float32)  # float64 in a test
+    logits = transformer.matmul(flat, matrix, wide)
     logits = logits.reshape(*states.shape[:-1], -1) / self.temperature
     top = self._over(jax.lax.pmax, jax.lax.stop_gradient(
         jnp.max(logits, -1, keepdims=True)))
@@ -194,7 +198,7 @@ def _on_mesh(function, states, matrix, targets):
 
 def token_logprobs(hidden, ahead, matrix, tokens, columns, *, chunk=0,
                    temperature=1., detach_head=False, entropy=False,
-                   acceptance=False):
+                   acceptance=False, divergence=False):
   """Score the last S columns under the main head and every MTP module.
 
   Args:
@@ -209,6 +213,7 @@ def token_logprobs(hidden, ahead, matrix, tokens, columns, *, chunk=0,
     detach_head: whether to stop the modules' gradient to the matrix.
     entropy: whether to return the main head's entropy.
     acceptance: whether to return `top1` and `overlap`.
+    divergence: whether to return `kl` and `overlap`.
 
   Returns:
     `LogProbs`.
@@ -233,10 +238,14 @@ def token_logprobs(hidden, ahead, matrix, tokens, columns, *, chunk=0,
       out = out._replace(entropy=-v.sum(jnp.exp(main) * main))
     if acceptance:
       best = v.argmax(main)
-      out = out._replace(
-          top1=stack([v.argmax(q) == best for q in foreseen]),
-          overlap=stack([v.sum(jnp.exp(jnp.minimum(main, q)))
-                         for q in foreseen]))
+      out = out._replace(top1=stack([v.argmax(q) == best for q in foreseen]))
+    teacher = jax.lax.stop_gradient(main)
+    if acceptance or divergence:
+      out = out._replace(overlap=stack(
+          [v.sum(jnp.exp(jnp.minimum(teacher, q))) for q in foreseen]))
+    if divergence:
+      out = out._replace(kl=stack(
+          [v.sum(jnp.exp(teacher) * (teacher - q)) for q in foreseen]))
     return out
 
   def local(states, matrix, targets, axis):

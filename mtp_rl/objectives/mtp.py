@@ -1,11 +1,31 @@
 """Losses of the MTP modules, one value per depth, for theta and for psi."""
 
+from typing import NamedTuple
+
 import chex
+import jax
 import jax.numpy as jnp
 
 from mtp_rl import config as config_lib
 from mtp_rl import types
-from mtp_rl.objectives import masked, policy
+from mtp_rl.objectives import acceptance, masked, policy
+
+
+class Scores(NamedTuple):
+  """What the losses read of the modules; see `logprobs.LogProbs`.
+
+  Attributes:
+    logprobs: [B, S, K].
+    kl, overlap: [B, S, K], or None where no loss reads the teacher.
+  """
+  logprobs: jax.Array
+  kl: jax.Array | None = None
+  overlap: jax.Array | None = None
+
+
+def reads_teacher(config: config_lib.MTP):
+  """Return whether a loss compares with the main head's distribution."""
+  return bool({config.theta_loss, config.psi_loss} & set(acceptance.LOSSES))
 
 
 def cross_entropy(logprobs, mask):
@@ -73,18 +93,33 @@ def policy_losses(logprobs, mask, batch: types.RolloutBatch,
           jnp.mean(jnp.stack([o.clipfrac for o in outs])))
 
 
-def losses(logprobs, mask, batch, config: config_lib.Config, loss,
+def supervised_losses(scores: Scores, mask, loss):
+  """Return the losses that need no reward, float32 [K].
+
+  Args:
+    scores: `Scores`.
+    mask: bool [B, S, K].
+    loss: 'ce' or one of `acceptance.LOSSES`.
+  """
+  if loss == 'ce':
+    return cross_entropy(scores.logprobs, mask)
+  return acceptance.losses(loss, scores.kl, scores.overlap, mask)
+
+
+def losses(scores: Scores, mask, batch, config: config_lib.Config, loss,
            row_scale=None):
   """Return the losses of the modules, float32 [K].
 
   Args:
-    loss: 'ce' or 'policy'.
+    scores: `Scores`.
+    loss: 'policy', or see `supervised_losses`.
     The others: see `policy_losses`.
   """
-  if loss == 'ce':
-    return cross_entropy(logprobs, mask)
-  return policy_losses(logprobs, mask, batch, config.rl, config.mtp.reference,
-                       row_scale, config.rollout.max_response)[0]
+  if loss != 'policy':
+    return supervised_losses(scores, mask, loss)
+  return policy_losses(scores.logprobs, mask, batch, config.rl,
+                       config.mtp.reference, row_scale,
+                       config.rollout.max_response)[0]
 
 
 def metrics(logprobs, mask, batch, config: config_lib.Config):

@@ -10,8 +10,8 @@ import numpy as np
 from mtp_rl import config as config_lib
 from mtp_rl import distributed, prng, types
 from mtp_rl.models import moe
+from mtp_rl.objectives import acceptance, logprobs
 from mtp_rl.objectives import advantages as advantages_lib
-from mtp_rl.objectives import logprobs
 from mtp_rl.rollout import sampler
 
 _REDRAW = 2 ** 32  # redraw r takes the prompts of step + r * _REDRAW
@@ -219,9 +219,7 @@ def describe(batch: types.RolloutBatch, old, rewards, group, ends):
   modules = old.mtp.shape[-1]
   if modules:
     seen = np.asarray(logprobs.mtp_mask(batch.valid, mask.shape[1], modules))
-    for k in range(modules):
-      count = max(seen[..., k].sum(), 1)
-      mean = lambda x: (x[..., k] * seen[..., k]).sum() / count
-      out[f'mtp_{k + 1}/accept_top1'] = mean(old.top1)
-      out[f'mtp_{k + 1}/accept_expected'] = mean(old.overlap)
+    mean = lambda x, where: (np.asarray(x) * where).sum() / max(
+        np.asarray(where).sum(), 1)
+    out |= acceptance.metrics(old.top1, old.overlap, seen, mean)
   return out
