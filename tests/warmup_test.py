@@ -25,8 +25,10 @@ V = 17  # of the token table; the task's tokenizer has 14
 def _config(path, **warmup):
   return conftest.tiny_config(
       model=dict(qk_norm=False, vocab_size=V, pretrained=path),
-      mtp=dict(fresh=True), rl=dict(steps=2, kl_coef=.01),
+      mtp=dict(fresh=True, unroll=2, psi_loss='tv_e2e'),
+      rl=dict(steps=2, kl_coef=.01),
       warmup=dict(dict(steps=21, lr=1e-2, train='mtp', data='samples',
+                       mtp_loss='hybrid',
                        pool_steps=9, pool=2, batch=16), **warmup))
 
 
@@ -73,6 +75,14 @@ def test_the_modules_learn_and_the_pretrained_trunk_stays(whole, folder):
   rows = _rows(workdir, 'warmup.jsonl')
   assert [r['step'] for r in rows] == [20, 21]
   assert all(0 <= r['mtp_1/accept_top1'] <= 1 for r in rows)
+  last = _rows(workdir, 'metrics.jsonl')[-1]
+  for row in (*rows, last):  # one module, two depths
+    first, second = (row[f'mtp_{k}/accept_cumulative'] for k in (1, 2))
+    np.testing.assert_allclose(first, row['mtp_1/accept_expected'], rtol=1e-6)
+    np.testing.assert_allclose(first + second, row['mtp/accept_length'],
+                               rtol=1e-6)
+    assert 0 < second < first < 1
+  assert warm['mtp'].keys() == {'depth_1'}
   assert all(r['grad_norm/theta'] == 0 < r['grad_norm/psi'] for r in rows)
   # RL then moves both from where the warm-up left them.
   last = _params(config, workdir, 'rl')
