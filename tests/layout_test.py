@@ -31,7 +31,7 @@ FLOORS = (
     ('train_step', 'validate'),
     ('run.workdir', 'aot.programs', 'compare.grid'),
     ('warmup', 'compare.study'),
-    ('trainer', 'diagnose.measure'),
+    ('trainer', 'diagnose.measure', 'compare.drafting'),
     ('evaluation.scoring', 'diagnose.summary'),
     ('diagnose.study',),
 )
