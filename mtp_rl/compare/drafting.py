@@ -78,9 +78,14 @@ def plan(base: config_lib.Config, text, seeds, updates, batches, workdir):
       base.warmup, train='mtp', data='samples', steps=max(updates), init='',
       mtp_coef=1.)
   losses = ('ce', *acceptance.LOSSES)
-  text = ';'.join(f'{x}:warmup.mtp_loss={x}' if x in losses else x
-                  for x in map(str.strip, text.split(';')))
-  variants = grid.free_variants(alone, text)
+  parts = [x.strip() for x in text.split(';') if x.strip()]
+  for x in parts:
+    if ':' not in x and x not in losses:
+      raise config_lib.ConfigError(
+          f'--variants: {x!r} is none of {", ".join(losses)}; give its '
+          'settings as name:section.field=value')
+  variants = grid.free_variants(alone, ';'.join(
+      f'{x}:warmup.mtp_loss={x}' if x in losses else x for x in parts))
   if not variants:
     raise config_lib.ConfigError('nothing to compare; set --variants')
   policy = copy.deepcopy(base)
