@@ -16,6 +16,7 @@ METRICS = {
     'avg': 'held-out avg@k',
     'reward': 'reward, mean of all steps',
     'acceptance': 'MTP acceptance',
+    'accept_length': 'drafts accepted in a row',
     'lambda': 'mean lambda',
     'update_s': 's of updates a step',
 }
@@ -46,6 +47,7 @@ def run_values(rows):
       'avg': _mean_at_end(last, 'avg@'),
       'reward': statistics.fmean(rewards) if rewards else None,
       'acceptance': last.get('mtp_1/accept_top1'),
+      'accept_length': last.get('mtp/accept_length'),
       'lambda': statistics.fmean(lambdas) if lambdas else None,
       'update_s': statistics.median(seconds) if seconds else None,
   }
