@@ -25,6 +25,8 @@ _SEEDS = flags.DEFINE_integer('seeds', 5, 'Number of seeds.', lower_bound=1)
 _AT = flags.DEFINE_list('at', ['400'], 'Measure after so many updates.')
 _BATCHES = flags.DEFINE_integer(
     'batches', 8, 'Batches of fresh samples to measure on.', lower_bound=1)
+_FRESH = flags.DEFINE_bool('fresh', True, 'Start with new modules; if not, '
+                           'with those of the warm-up.')
 
 flags.register_validator(
     'at', lambda texts: texts and all(t.isdigit() and int(t) for t in texts),
@@ -40,7 +42,7 @@ def main():
   study = drafting.plan(base, _VARIANTS.value,
                         [base.seed + i for i in range(_SEEDS.value)],
                         sorted(map(int, _AT.value)), _BATCHES.value,
-                        launch.WORKDIR.value)
+                        launch.WORKDIR.value, _FRESH.value)
   rows = drafting.run(study, lambda text: print(text, flush=True))
   print(drafting.write_report(study, rows))
 

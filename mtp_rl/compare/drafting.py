@@ -1,8 +1,8 @@
 """Ways to train the MTP modules of a fixed policy, by how often drafts pass.
 
 For each seed there is one policy (the config's warm-up, or its pretrained
-weights) and one set of new modules; each variant trains these on the policy's
-own samples while everything else stays frozen. All variants of a seed see the
+weights) and one set of modules, new ones or those of the warm-up; each variant
+trains these on the policy's own samples while everything else stays frozen. All variants of a seed see the
 same samples and are measured on the same fresh ones, so that differences are
 paired.
 
@@ -52,6 +52,8 @@ class Study(NamedTuple):
     updates: sorted list of ints, after how many updates to measure.
     batches: batches of warmup.batch fresh samples to measure on.
     workdir: directory of the study.
+    fresh: whether modules start untrained, or as the policy's warm-up left
+      them.
   """
   base: config_lib.Config
   variants: list
@@ -59,16 +61,18 @@ class Study(NamedTuple):
   updates: list
   batches: int
   workdir: str
+  fresh: bool = True
 
 
-def plan(base: config_lib.Config, text, seeds, updates, batches, workdir):
+def plan(base: config_lib.Config, text, seeds, updates, batches, workdir,
+         fresh=True):
   """Return the `Study`, its settings checked.
 
   Args:
     base: see `Study`.
     text: variants as 'name:section.field=value,...;name2:...'; names of
       losses alone ('ce;kl') set warmup.mtp_loss.
-    seeds, updates, batches, workdir: see `Study`.
+    seeds, updates, batches, workdir, fresh: see `Study`.
 
   Raises:
     config.ConfigError: one sentence that names the setting and the fix.
@@ -94,14 +98,15 @@ def plan(base: config_lib.Config, text, seeds, updates, batches, workdir):
     policy.warmup.data = 'solutions'
   for config in (policy, *(v.config for v in variants)):
     validate.validate(config)
-  return Study(policy, variants, seeds, sorted(updates), batches, workdir)
+  return Study(policy, variants, seeds, sorted(updates), batches, workdir,
+               fresh)
 
 
 def _same_study(study):
   """Write study.json; raise ConfigError if it holds other settings."""
   path = os.path.join(study.workdir, 'study.json')
   mine = {'config': config_io.to_dict(study.base), 'updates': study.updates,
-          'batches': study.batches, 'variants': {
+          'batches': study.batches, 'fresh': study.fresh, 'variants': {
               v.name: config_io.to_dict(v.config) for v in study.variants}}
   mine = json.loads(json.dumps(mine))
   if os.path.exists(path):
@@ -168,10 +173,12 @@ def measure(score, params, batches, mesh, depths):
 def _train(study, run, modules, variant, policy, samples, held_out):
   """Yield (updates, metrics) of one variant and seed."""
   steps = modules.updates[variant.name]
-  fresh = steps.init(prng.key(run.key, prng.Stream.PARAMETERS))
+  state = steps.init(prng.key(run.key, prng.Stream.PARAMETERS))
   # The update donates its state, and the policy serves the next variant.
-  theta = jax.tree.map(jnp.copy, tree.theta(policy))
-  state = fresh._replace(params={**theta, **tree.psi(fresh.params)})
+  start = jax.tree.map(jnp.copy, policy)
+  if study.fresh:
+    start |= tree.psi(state.params)
+  state = state._replace(params=start)
   rows = sharding.batch_sharding(run.mesh)
   depths = config_lib.depths(run.config.mtp)
   for step in range(1, study.updates[-1] + 1):
