@@ -38,22 +38,22 @@ def _case(batch, columns, params, ends):
   import jax
   import numpy as np
 
-  from mtp_rl.rollout import sampler
+  from mtp_rl.rollout import decode, sampler
   config = _config(columns)
   rng = np.random.default_rng(0)
   prompts = rng.integers(3, 1000, (batch, PROMPT)).astype(np.int32)
   state = jax.jit(functools.partial(
       sampler.prefill, config=config, ends=ends))(
-          params, prompts, prompts > 0, jax.random.key(0))
-  last = np.int32(columns - PROMPT - 1)
-  valid = np.ones((batch, columns), bool)
+          params, prompts, prompts > 0,
+          sampler.identify(prompts, prompts > 0), jax.random.key(0))
+  last, alive = np.full(batch, columns - 2, np.int32), np.zeros(batch, bool)
   step = jax.jit(
-      functools.partial(sampler.extend, config=config, ends=ends),
-      donate_argnums=1, compiler_options=sampler.compiler_options('cpu'))
+      functools.partial(decode.extend, config=config, ends=ends),
+      donate_argnums=1)
   kept = [state]
 
   def run():
-    state = kept.pop()._replace(step=last, valid=valid)
+    state = kept.pop()._replace(column=last, done=alive)
     start = time.perf_counter()
     state = jax.block_until_ready(step(params, state))
     kept.append(state)

@@ -132,9 +132,8 @@ def _sampler_rate(config, params, mesh):
     seconds = []
     for i in range(8):
       start = time.perf_counter()
-      result, _ = jax.block_until_ready(
-          f(params, tokens, tokens > 0, jax.random.key(i)))
-      count = int(np.asarray(result.valid)[:, R:].sum())
+      rows = f(params, tokens, tokens > 0, jax.random.key(i)).rows
+      count = int(rows.valid[:, R:].sum())
       seconds.append((time.perf_counter() - start) / count)
     out[prompts * group] = 1 / statistics.median(seconds[1:])
   return out

@@ -164,6 +164,9 @@ class Rollout:
   temperature: float = 1.
   top_k: int = 0  # 0: off
   top_p: float = 1.
+  draft: int = 0  # tokens that the MTP modules draft a step; 0: off
+  verify: str = 'coupled'  # the tokens of no drafts; or 'rejection'
+  draft_rows: int = 0  # draft if at most so many rows are decoded; 0: always
   tensor: int = 0  # devices that split a layer to sample; 0: as in training
   expert: int = 0  # devices that split the experts while sampling
 

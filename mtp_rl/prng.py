@@ -19,6 +19,13 @@ class Stream(enum.IntEnum):
   POOL = 4  # the model's own samples that the warm-up imitates
 
 
+class Draw(enum.IntEnum):
+  """What is drawn at one place of a completion."""
+  TOKEN = 0
+  DRAFT = 1  # the draft, where it is verified by rejection
+  ACCEPT = 2  # whether the draft is accepted
+
+
 def run_key(seed):
   """Return the key that all streams of a run start from."""
   return jax.random.key(seed)

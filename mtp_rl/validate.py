@@ -27,6 +27,7 @@ CHOICES = {
     'rl.kl_kind': ('k1', 'k2', 'k3'),
     'warmup.train': ('all', 'mtp'),
     'warmup.mtp_loss': ('ce', *acceptance.LOSSES),
+    'rollout.verify': ('coupled', 'rejection'),
     'warmup.data': ('solutions', 'samples'),
     'optim.clip_mode': ('separate', 'joint'),
     'optim.schedule': ('constant', 'cosine', 'linear'),
@@ -56,7 +57,8 @@ _NOT_NEGATIVE = {
            'overlong_penalty'),
     'optim': ('weight_decay', 'clip', 'ramp'),
     'warmup': ('steps', 'mtp_coef'),
-    'rollout': ('temperature', 'top_k', 'tensor', 'expert'),
+    'rollout': ('temperature', 'top_k', 'tensor', 'expert', 'draft',
+                'draft_rows'),
     'task': ('noisy_facts', 'noise'),
 }
 
@@ -98,6 +100,10 @@ def _validate_mtp(config: config_lib.Config):
   _need(m.regime == 'rl_only' or m.modules >= 1,
         f'mtp.regime={m.regime} needs an MTP module, but mtp.modules=0; set '
         'mtp.modules=1 or mtp.regime=rl_only')
+  drafts = config.rollout.draft
+  _need(m.modules or not drafts,
+        f'rollout.draft={drafts} drafts with the MTP modules, but '
+        'mtp.modules=0; set mtp.modules=1 or rollout.draft=0')
   _need(m.unroll == 1 or m.modules == 1,
         f'mtp.unroll={m.unroll} applies one module again and again, but '
         f'mtp.modules={m.modules}; set mtp.modules=1 or mtp.unroll=1')

@@ -13,6 +13,7 @@ from mtp_rl import config as config_lib
 from mtp_rl import distributed, prng, sharding, train_step
 from mtp_rl.models import pretrained
 from mtp_rl.rollout import layout, sampler
+from mtp_rl.rollout import prompts as prompts_lib
 from mtp_rl.run import checkpoint, metrics
 from mtp_rl.run import workdir as workdir_lib
 
@@ -32,7 +33,7 @@ def _first_state(run, steps):
 def _solutions(run, step):
   """Return the batch of a step: prompts and the task's solutions."""
   config = run.config
-  return sampler.pad_supervised(
+  return prompts_lib.pad_supervised(
       run.task.supervised(step, config.warmup.batch), run.task.tokenizer,
       config.rollout.max_prompt, config.rollout.max_response)
 
@@ -60,11 +61,11 @@ class Samples:
 
   def _rollout(self, params, index):
     run, config = self._run, self._run.config
-    prompts, valid = sampler.pad_prompts(
+    prompts, valid = prompts_lib.pad_prompts(
         [e.prompt for e in run.task.prompts(index + 1, config.rl.prompts)],
         run.task.tokenizer, config.rollout.max_prompt)
     key = prng.key(run.key, prng.Stream.POOL, index)
-    return distributed.fetch(self._generate(params, prompts, valid, key)[0])
+    return self._generate(params, prompts, valid, key).rows
 
   def batch(self, params, step):
     """Return `types.Tokens` of warmup.batch rows for an update.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_rl import estimators, forward, regimes, types
+from mtp_rl.models import attention, transformer
 from tests import conftest
 
 V, ROWS, R, S = 13, 16, 6, 6
@@ -62,3 +63,31 @@ def assert_close(a, b, rtol=2e-5, atol=2e-6):
   """Assert that two trees agree leaf by leaf."""
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol,
                                                        atol=atol), a, b)
+
+
+def read_in_parts(net, params, tokens, valid, cuts):
+  """Return h^0 [B, T, D] of rows that are read part by part, with a cache.
+
+  Args:
+    net: the Linen decoder.
+    params: its parameters.
+    tokens: int32 [B, T].
+    valid: bool [B, T].
+    cuts: (first, last + 1) columns of each part, in order.
+  """
+  positions, out, cache = transformer.positions_of(valid), [], None
+  extend = jax.jit(lambda *a: net.apply({'params': params}, *a,
+                                        method='extend'))
+  for start, stop in cuts:
+    past, at = None, np.full(len(tokens), start)
+    if cache is not None:
+      past = attention.Past(*cache, valid & (np.arange(tokens.shape[1])
+                                             < start), np.int32(start))
+    x, new = extend(tokens[:, start:stop], positions[:, start:stop],
+                    valid[:, start:stop], past)
+    if cache is None:
+      whole = lambda c: jnp.zeros((*c.shape[:3], tokens.shape[1], c.shape[4]))
+      cache = jax.tree.map(whole, new)
+    cache = transformer.write(cache, new, jnp.asarray(at))
+    out.append(net.apply({'params': params}, x, method='norm'))
+  return np.concatenate(out, 1)

@@ -171,9 +171,10 @@ def test_smollm2_decodes_the_same_with_and_without_cache(smollm):
   config = conftest.tiny_config(mtp=dict(modules=0, regime='rl_only'),
                                 rollout=dict(max_prompt=r, max_response=s))
   config.model = m
-  cached, _ = jax.jit(lambda p: sampler.generate(
-      p, tokens[:, :r], valid[:, :r], jax.random.key(0), config=config,
-      greedy=True, ends=tokenizers.Ends(2, (2,))))(params)
+  names = sampler.identify(tokens[:, :r], valid[:, :r])
+  cached = jax.jit(lambda p: sampler.generate(
+      p, tokens[:, :r], valid[:, :r], names, jax.random.key(0), config=config,
+      greedy=True, ends=tokenizers.Ends(2, (2,))))(params).rows
 
   @jax.jit
   def following(params, tokens, valid, column):

@@ -10,7 +10,7 @@ from mtp_rl import forward, tree, types
 from mtp_rl.models import attention, transformer
 from mtp_rl.models import mtp as mtp_model
 from mtp_rl.objectives import logprobs
-from tests import conftest
+from tests import batches, conftest
 
 V, R, S = 11, 5, 4
 
@@ -47,16 +47,8 @@ def test_cached_decoding_is_the_full_forward(sections):
   net, params = _model(config)
   tokens, valid = RAGGED
   full, _ = net.apply({'params': params}, tokens, valid)
-  positions = transformer.positions_of(valid)
-  cache = transformer.empty_cache(config.model, len(tokens), R + S)
-  out = []
-  step = jax.jit(lambda *a: net.apply({'params': params}, *a, method='decode'))
-  for start, stop in [(0, R)] + [(c, c + 1) for c in range(R, R + S)]:
-    seen = valid & (np.arange(R + S) < stop)
-    h, cache = step(tokens[:, start:stop], positions[:, start:stop], seen,
-                    cache, start)
-    out.append(h)
-  got = np.concatenate(out, 1)
+  cuts = [(0, R)] + [(c, c + 1) for c in range(R, R + S)]
+  got = batches.read_in_parts(net, params, tokens, valid, cuts)
   np.testing.assert_allclose(got[valid], np.asarray(full)[valid], atol=1e-5)
 
 

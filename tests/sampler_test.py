@@ -10,7 +10,8 @@ import pytest
 
 from mtp_rl import config as config_lib
 from mtp_rl import forward, tokenizers
-from mtp_rl.rollout import sampler
+from mtp_rl.rollout import decode, draft, sampler
+from mtp_rl.rollout import prompts as prompts_lib
 from tests import conftest
 
 V = 9
@@ -22,23 +23,34 @@ def _config(**rollout):
   return conftest.tiny_config(model=dict(vocab_size=V), rollout=rollout)
 
 
-@functools.cache
-def _params():
-  net = forward.network(_config())
+def _sharp(config):
+  """Return parameters with sharper logits than an untrained model's.
+
+  So rows end and differ.
+  """
+  net = forward.network(config)
   params = net.init(jax.random.key(0), jnp.zeros((1, 4), int),
                     jnp.ones((1, 4), bool))['params']
-  # Sharper logits than an untrained model's, so that rows end and differ.
   params['embed']['embedding'] *= 30.
   return params
 
 
 @functools.cache
-def _run(config, group=1, greedy=False, seed=0):
-  prompts, valid = sampler.pad_prompts(PROMPTS, TOKENIZER, 6)
-  tokens, logprobs = jax.jit(functools.partial(
+def _params():
+  return _sharp(_config())
+
+
+def _generate(params, config, texts=PROMPTS, group=1, greedy=False, seed=0):
+  prompts, valid = prompts_lib.pad_prompts(texts, TOKENIZER, 6)
+  return jax.device_get(jax.jit(functools.partial(
       sampler.generate, config=config, ends=TOKENIZER.ends, group=group,
-      greedy=greedy))(_params(), prompts, valid, jax.random.key(seed))
-  return jax.device_get((tokens, logprobs))
+      greedy=greedy))(params, prompts, valid,
+                      sampler.identify(prompts, valid), jax.random.key(seed)))
+
+
+@functools.cache
+def _run(config, group=1, greedy=False, seed=0):
+  return _generate(_params(), config, group=group, greedy=greedy, seed=seed)[:2]
 
 
 @pytest.mark.parametrize('temperature', [1., .7])
@@ -91,27 +103,39 @@ def test_greedy_is_the_argmax_of_the_full_forward():
 
 
 def test_the_loop_stops_when_all_rows_are_done(monkeypatch):
-  """Where EOS comes first, one column is decoded, whatever max_response is."""
+  """Where EOS comes second, one column is read, whatever max_response is."""
   config = _config(max_response=8)
   steps = []
-  categorical = jax.random.categorical
-  def eos(key, logits):
+  def eos(logits, keys, places, *unused):
     jax.debug.callback(lambda: steps.append(1))
-    return jnp.full_like(categorical(key, logits), tokenizers.EOS)
-  monkeypatch.setattr(jax.random, 'categorical', eos)
-  prompts, valid = sampler.pad_prompts(PROMPTS, TOKENIZER, 6)
-  tokens, _ = jax.jit(functools.partial(
-      sampler.generate, config=config, ends=TOKENIZER.ends))(
-          _params(), prompts, valid, jax.random.key(0))
-  jax.block_until_ready(tokens)
+    token = jnp.where(places > 0, tokenizers.EOS, 4).astype(jnp.int32)
+    return token, jnp.zeros_like(token, jnp.float32)
+  monkeypatch.setattr(decode, 'choose', eos)
+  drawn = _generate(_params(), config)
   jax.effects_barrier()
-  assert len(steps) == 1
-  np.testing.assert_array_equal(tokens.valid[:, 6:].sum(1), [1] * 4)
+  assert len(steps) == 2  # the prefill's, and one step's
+  np.testing.assert_array_equal(drawn.rows.valid[:, 6:].sum(1), [2] * 4)
+  assert drawn.counts.tolist() == [4, 4]
+
+
+def test_a_completion_depends_on_its_prompt_and_sample_alone():
+  """Not on the other prompts, their order or their number."""
+  config = _config(max_response=8)
+  texts = [*PROMPTS, 'a', 'b']
+  def of(texts, group):
+    tokens = _generate(_params(), config, texts, group).rows.tokens[:, 6:]
+    return tokens.reshape(len(texts), group, -1)
+  want = of(texts, 4)
+  order = [5, 3, 1, 0, 4, 2]  # the two 'a' in their order
+  np.testing.assert_array_equal(of([texts[i] for i in order], 4), want[order])
+  np.testing.assert_array_equal(of(['fed'], 4)[0], want[2])
+  assert (want[1] != want[4]).any()  # equal prompts, other samples
+  np.testing.assert_array_equal(of(['fed'], 2)[0], want[2, :2])
 
 
 def test_restrict_by_hand():
   logits = jnp.log(jnp.asarray([[.5, .3, .15, .05]]))
-  kept = lambda *a: np.isfinite(sampler.restrict(logits, *a))[0].tolist()
+  kept = lambda *a: np.isfinite(decode.restrict(logits, *a))[0].tolist()
   assert kept(0, 1.) == [True] * 4
   assert kept(2, 1.) == [True, True, False, False]
   assert kept(9, 1.) == [True] * 4
@@ -131,32 +155,34 @@ def test_top_k_one_is_greedy():
 
 def test_long_and_empty_prompts_are_named():
   with pytest.raises(config_lib.ConfigError, match='rollout.max_prompt=6'):
-    sampler.pad_prompts(['abcdefa'], TOKENIZER, 6)
+    prompts_lib.pad_prompts(['abcdefa'], TOKENIZER, 6)
   with pytest.raises(config_lib.ConfigError, match='empty prompt'):
-    sampler.pad_prompts([''], TOKENIZER, 6)
+    prompts_lib.pad_prompts([''], TOKENIZER, 6)
 
 
-@pytest.mark.parametrize('response', [
-    90,  # 96 columns are read as a whole
-    150])  # 156 are read in four sizes
-def test_a_decoding_step_copies_no_cache(response):
-  """Else a step costs layers x cache; see `sampler.compiler_options`."""
-  config = _config(max_response=response)
+@pytest.mark.parametrize('response, drafts', [
+    (90, 0),  # 96 columns are read as a whole
+    (150, 0),  # 156 are read in four sizes
+    (150, 3)])
+def test_a_decoding_step_copies_no_cache(response, drafts):
+  """Else a step costs layers x cache."""
+  config = _config(max_response=response, draft=drafts)
+  prompts, valid = prompts_lib.pad_prompts(PROMPTS * 4, TOKENIZER, 6)
   state = jax.eval_shape(functools.partial(
-      sampler.prefill, config=config, ends=TOKENIZER.ends), _params(),
-      *sampler.pad_prompts(PROMPTS * 4, TOKENIZER, 6), jax.random.key(0))
+      sampler.prefill, config=config, ends=TOKENIZER.ends), _params(), prompts,
+      valid, sampler.identify(prompts, valid), jax.random.key(0))
+  step = draft.speculate if config.rollout.draft else decode.extend
   loop = lambda params, state: jax.lax.fori_loop(
-      0, 8, lambda _, s: sampler.extend(params, s, config=config,
-                                        ends=TOKENIZER.ends), state)
-  shape = ','.join(map(str, state.cache.key.shape))
-  def copies(**options):
-    text = jax.jit(loop, donate_argnums=1, **options).lower(
-        _params(), state).compile().as_text()
-    assert f'f32[{shape}]' in text
+      0, 8, lambda _, s: step(params, s, config=config, ends=TOKENIZER.ends),
+      state)
+  shape = r'\d+,' + ','.join(map(str, state.cache[0].shape[1:]))
+  def copies(function, *args, **donated):
+    text = jax.jit(function, **donated).lower(*args).compile().as_text()
+    assert re.search(rf'f32\[{shape}\]', text)
     return len(re.findall(rf'= f32\[{shape}\]\S* copy\(', text))
-  assert copies(compiler_options=sampler.compiler_options('cpu')) == 0
-  if response == 90:  # the count sees them where they are
-    assert copies() > 0
+  assert copies(loop, _params(), state, donate_argnums=1) == 0
+  # The count sees a copy where there must be one.
+  assert copies(lambda c: (c, c.at[0].set(1.)), state.cache[0]) > 0
 
 
 def test_decoding_reads_every_column_in_use(tiny):

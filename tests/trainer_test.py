@@ -99,7 +99,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
   with monkeypatch.context() as patched:
     patched.setattr(metrics.Writer, 'write', interrupt)
     if kind == 'stop in warm-up':
-      update = trainer.sampler.pad_supervised
+      update = trainer.prompts_lib.pad_supervised
       def pad(*args):
         calls.append(1)
         if len(calls) == 3:

@@ -29,7 +29,7 @@ from mtp_rl import (
 )
 from mtp_rl.aot import hlo
 from mtp_rl.report import tables
-from mtp_rl.rollout import layout, sampler
+from mtp_rl.rollout import decode, draft, layout, sampler
 from mtp_rl.run import metrics
 
 GIB = 2 ** 30
@@ -162,8 +162,9 @@ def rollout(name, params, config: config_lib.Config, mesh):
   """Return (lowered, tokens) of a part of the sampler.
 
   'prefill' reads all prompts of an RL step and copies their caches to the
-  samples, 'decode' adds one token to every sample, 'rollout' is the whole
-  loop as in a run. `params` are abstract, in the sampling layout.
+  samples, 'decode' is one step of all samples (with rollout.draft it drafts
+  and verifies), 'rollout' is the whole loop as in a run. `params` are abstract,
+  in the sampling layout.
   """
   ends, group = tokenizers.CharTokenizer('').ends, config.rl.group
   fixed = dict(config=config, ends=ends)
@@ -174,28 +175,31 @@ def rollout(name, params, config: config_lib.Config, mesh):
   valid = jax.ShapeDtypeStruct(shape, bool, sharding=rows)
   key = jax.eval_shape(lambda: jax.random.key(0))
   prefill = lambda *args: sampler.prefill(*args, group=group, **fixed)
-  state = jax.eval_shape(prefill, params, prompts, valid, key)
+  names = jax.ShapeDtypeStruct((shape[0], 2), jnp.uint32, sharding=rows)
+  asked = prompts, valid, names, key
+  state = jax.eval_shape(prefill, params, *asked)
   whole = NamedSharding(mesh, P())
   cache = NamedSharding(mesh, P(None, sharding.BATCH, 'tensor'
                                 if config.model.n_kv_heads
                                 % mesh.shape['tensor'] == 0 else None))
-  placed = state._replace(
-      step=whole, key=whole, cache=jax.tree.map(lambda _: cache, state.cache),
-      **{n: rows for n in ('tokens', 'valid', 'logprobs', 'logits', 'done')})
+  heads = lambda pair: jax.tree.map(lambda _: cache, pair)
+  placed = jax.tree.map(lambda _: rows, state)._replace(
+      cache=heads(state.cache), ahead=heads(state.ahead), counts=whole)
   abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       state, placed)
-  decode = lambda params, state: sampler.extend(params, state, **fixed)
+  step = draft.speculate if config.rollout.draft else decode.extend
+  one = lambda params, state: step(params, state, **fixed)
   with jax.set_mesh(mesh):
     if name == 'prefill':
       return jax.jit(prefill, out_shardings=placed).lower(
-          params, prompts, valid, key), math.prod(shape)
+          params, *asked), math.prod(shape)
     if name == 'decode':
-      return jax.jit(decode, out_shardings=placed, donate_argnums=1).lower(
+      return jax.jit(one, out_shardings=placed, donate_argnums=1).lower(
           params, abstract), shape[0] * group
-    whole = lambda *args: sampler.generate(*args, group=group, **fixed)
-    return jax.jit(whole, out_shardings=(rows, rows)).lower(
-        params, prompts, valid, key), math.prod(shape) + (
+    every = lambda *args: sampler.generate(*args, group=group, **fixed)
+    return jax.jit(every, out_shardings=sampler.Drawn(
+        rows, rows, whole)).lower(params, *asked), math.prod(shape) + (
             shape[0] * group * config.rollout.max_response)
 
 

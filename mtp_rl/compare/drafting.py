@@ -2,9 +2,9 @@
 
 For each seed there is one policy (the config's warm-up, or its pretrained
 weights) and one set of modules, new ones or those of the warm-up; each variant
-trains these on the policy's own samples while everything else stays frozen. All variants of a seed see the
-same samples and are measured on the same fresh ones, so that differences are
-paired.
+trains these on the policy's own samples while everything else stays frozen. All
+variants of a seed see the same samples and are measured on the same fresh ones,
+so that differences are paired.
 
     DIR/policy/seed_S     the policy's warm-up
     DIR/seed_S.jsonl      what was measured: variant, updates, metrics

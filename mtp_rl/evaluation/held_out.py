@@ -11,7 +11,8 @@ import numpy as np
 
 from mtp_rl import config as config_lib
 from mtp_rl import distributed, prng, sharding
-from mtp_rl.rollout import layout, sampler
+from mtp_rl.rollout import layout
+from mtp_rl.rollout import prompts as prompts_lib
 
 
 def pass_at_k(correct, samples, k):
@@ -78,9 +79,9 @@ def complete(examiner: Examiner, generate, placed, examples, size, key):
   tokenizer, r = examiner.task.tokenizer, examiner.config.rollout
   some = [e.prompt for e in examples]
   filled = some + some[:1] * (size - len(some))
-  prompts, valid = sampler.pad_prompts(filled, tokenizer, r.max_prompt)
-  tokens, _ = generate(placed, prompts, valid, key)
-  response = distributed.fetch(tokens.tokens)[:, r.max_prompt:]
+  prompts, valid = prompts_lib.pad_prompts(filled, tokenizer, r.max_prompt)
+  rows = generate(placed, prompts, valid, key).rows
+  response = rows.tokens[:, r.max_prompt:]
   group = response.shape[0] // size
   texts = [tokenizer.decode(row) for row in response]
   return [texts[i * group:(i + 1) * group] for i in range(len(some))]

@@ -47,6 +47,21 @@ class Rows(NamedTuple):
   columns: jax.Array | None = None
 
 
+class Past(NamedTuple):
+  """The keys and values of earlier columns, which new tokens attend to.
+
+  Attributes:
+    key, value: float [L, B, N, U, C], of all layers. In this order a decoding
+      step's matmuls read them without a transpose.
+    valid: bool [B, U], columns that hold a token of the row.
+    used: int32 [], no row has valid columns from this one on.
+  """
+  key: jax.Array
+  value: jax.Array
+  valid: jax.Array
+  used: jax.Array
+
+
 def full(segments):
   """Return the `Rows` of whole sequences, int32 or bool [B, T]."""
   segments = segments.astype(jnp.int32)
@@ -133,60 +148,81 @@ def attend(query, key, value, rows, kind='plain'):
 
 def plain(query, key, value, rows):
   """Attend with all scores [B, H, T, U] in memory at once; see `attend`."""
-  return cached(query, key.swapaxes(1, 2), value.swapaxes(1, 2), rows)
-
-
-def cached(query, key, value, rows):
-  """Do what `plain` does, with key and value [B, N, U, C] as in a cache."""
-  b, t, h, c = query.shape
-  n, u = key.shape[1:3]
+  t, u = query.shape[1], key.shape[1]
   columns = jnp.arange(t) if rows.columns is None else rows.columns
   mask = ((rows.queries[:, :, None] == rows.keys[:, None, :])
           & (jnp.arange(u)[None, :] <= columns[:, None]))
+  return _softmax(query, [(key.swapaxes(1, 2), value.swapaxes(1, 2), mask)])
+
+
+def _softmax(query, parts):
+  """Attend to the keys of several parts at once.
+
+  Args:
+    query: [B, T, H, C].
+    parts: (key, value, mask) each: [B, N, U, C] twice, and bool [B, T, U].
+  """
+  b, t, h, c = query.shape
+  n = parts[0][0].shape[1]
   # Matmuls are batched over [B, N], which a mesh may split, and have the h / n
   # query heads of a group as rows. Dividing by the sum of the weights after the
   # second one saves a pass over them.
   g = h // n
   q = (query * c ** -0.5).reshape(b, t, n, g, c)
   q = q.transpose(0, 2, 3, 1, 4).reshape(b, n, g * t, c)
-  bias = jnp.where(mask, 0., -1e30).astype(jnp.float32)  # [B, T, U]
-  bias = jnp.broadcast_to(bias[:, None], (b, g, t, u)).reshape(b, 1, g * t, u)
-  scores = jnp.matmul(q, key.swapaxes(2, 3), preferred_element_type=jnp.float32)
-  scores = scores + bias
-  top = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
-  weights = jnp.exp(scores - top)
-  y = jnp.matmul(weights.astype(value.dtype), value,
-                 preferred_element_type=jnp.float32)
-  y = (y / jnp.sum(weights, -1, keepdims=True)).astype(query.dtype)
-  y = y.reshape(b, n, g, t, c).transpose(0, 3, 1, 2, 4)
+
+  def score(key, mask):
+    u = key.shape[2]
+    bias = jnp.where(mask, 0., -1e30).astype(jnp.float32)  # [B, T, U]
+    bias = jnp.broadcast_to(bias[:, None], (b, g, t, u))
+    return bias.reshape(b, 1, g * t, u) + jnp.matmul(
+        q, key.swapaxes(2, 3), preferred_element_type=jnp.float32)
+
+  scores = [score(key, mask) for key, _, mask in parts]
+  top = functools.reduce(jnp.maximum, [
+      jnp.max(s, -1, keepdims=True) for s in scores])
+  weights = [jnp.exp(s - jax.lax.stop_gradient(top)) for s in scores]
+  y = sum(jnp.matmul(w.astype(value.dtype), value,
+                     preferred_element_type=jnp.float32)
+          for w, (_, value, _) in zip(weights, parts))
+  y = y / sum(jnp.sum(w, -1, keepdims=True) for w in weights)
+  y = y.astype(query.dtype).reshape(b, n, g, t, c).transpose(0, 3, 1, 2, 4)
   return y.reshape(b, t, h, c)
 
 
-def in_use(query, key, value, layer, rows):
-  """Do what `cached` does with one layer of a cache, up to the last query.
+def with_past(query, key, value, past, layer, here):
+  """Attend to the valid columns of the past and to the new tokens up to each.
 
-  Columns behind the last query are empty, so only a prefix of the cache is
-  read: the shortest of a few sizes that holds it. Caches of up to `_SMALL`
-  columns are read as a whole.
+  Only a prefix of the past is read: the shortest of a few sizes that holds the
+  columns used. Up to `_SMALL` columns are read as a whole.
 
   Args:
-    query: [B, T, H, C].
-    key, value: [L, B, N, U, C].
-    layer: int32 [].
-    rows: `Rows` with columns.
+    query: [B, W, H, C], of new tokens.
+    key, value: [B, W, N, C], theirs.
+    past: `Past`.
+    layer: int32 [], of the past.
+    here: bool [B, W], new tokens that belong to the row.
   """
-  sizes = _sizes(key.shape[3])
-  read = lambda size: lambda: cached(
-      query, key[layer, :, :, :size], value[layer, :, :, :size],
-      rows._replace(keys=rows.keys[:, :size]))
+  w = query.shape[1]
+  own = here[:, None, :] & (jnp.arange(w) <= jnp.arange(w)[:, None])
+  new = key.swapaxes(1, 2), value.swapaxes(1, 2), own
+
+  def read(size):
+    valid = past.valid[:, None, :size]
+    seen = jnp.broadcast_to(valid, (*own.shape[:2], size))
+    return lambda: _softmax(query, [
+        (past.key[layer, :, :, :size], past.value[layer, :, :, :size], seen),
+        new])
+
+  sizes = _sizes(past.key.shape[3])
   if len(sizes) == 1:
     return read(sizes[0])()
-  index = jnp.sum(rows.columns[-1] >= jnp.asarray(sizes))
+  index = jnp.sum(past.used > jnp.asarray(sizes[:-1]))
   return jax.lax.switch(index, [read(size) for size in sizes])
 
 
 def _sizes(columns):
-  """Return the prefixes of a cache that `in_use` may read, ascending."""
+  """Return the prefixes of a cache that `with_past` may read, ascending."""
   if columns <= _SMALL:
     return [columns]
   return [-(-columns * i // _PREFIXES) for i in range(1, _PREFIXES + 1)]

@@ -29,33 +29,41 @@ from mtp_rl.models import attention, transformer
 
 
 class MTPModule(nn.Module):
-  """One MTP module: two norms, a projection, a block and a final norm."""
+  """One MTP module: two norms, a projection, a block and a final norm.
+
+  With `keep` it returns the states and the tokens' keys and values, which the
+  sampler passes again in `past`, as those of `layer`; see `transformer.Block`.
+  """
   model: config_lib.Model
   concat: str
+  keep: bool = False
 
   @nn.compact
-  def __call__(self, hidden, embedding, angles, rows):
+  def __call__(self, hidden, embedding, angles, rows, past=None, layer=0):
     m = self.model
     h = transformer.RMSNorm(m.norm_eps, name='hidden_norm')(hidden)
     e = transformer.RMSNorm(m.norm_eps, name='embedding_norm')(embedding)
     pair = (h, e) if self.concat == 'h_emb' else (e, h)
     u = transformer.Linear(m.d_model, dtype=jnp.dtype(m.dtype), name='proj')(
         jnp.concatenate(pair, -1))
-    block = transformer.Block(m, bool(m.experts), name='block')
-    (x, _), _ = block((u, None), 0, angles, rows, 0)
-    return transformer.RMSNorm(m.norm_eps, name='final_norm')(x)
+    block = transformer.Block(m, bool(m.experts), self.keep, name='block')
+    x, new = block(u, layer, angles, rows, past)
+    x = transformer.RMSNorm(m.norm_eps, name='final_norm')(x)
+    return (x, new) if self.keep else x
 
 
 class ParallelMTPModule(nn.Module):
   """One MTP module that reads the trunk alone: a block and a final norm."""
   model: config_lib.Model
+  keep: bool = False
 
   @nn.compact
-  def __call__(self, hidden, angles, rows):
-    block = transformer.Block(self.model, bool(self.model.experts),
-                              name='block')
-    (x, _), _ = block((hidden, None), 0, angles, rows, 0)
-    return transformer.RMSNorm(self.model.norm_eps, name='final_norm')(x)
+  def __call__(self, hidden, angles, rows, past=None, layer=0):
+    m = self.model
+    block = transformer.Block(m, bool(m.experts), self.keep, name='block')
+    x, new = block(hidden, layer, angles, rows, past)
+    x = transformer.RMSNorm(m.norm_eps, name='final_norm')(x)
+    return (x, new) if self.keep else x
 
 
 class MTPModules(nn.Module):
@@ -143,9 +151,8 @@ class Decoder(nn.Module):
   def trunk(self, tokens, attending):
     """Return the residual stream [B, T, D] before the final norm."""
     angles = self._angles(transformer.positions_of(attending))
-    (x, _) = self.blocks((self.embed(tokens), None), angles,
-                         attention.full(attending), 0)
-    return x
+    return self.blocks(self.embed(tokens), angles,
+                       attention.full(attending))[0]
 
   def norm(self, x):
     """Return h^0 [B, T, D], which the main head reads, from the trunk's x."""
@@ -160,24 +167,18 @@ class Decoder(nn.Module):
     embeddings = None if self.mtp.kind == 'parallel' else self.embed(tokens)
     return self.modules(below, embeddings, angles, attention.full(attending))
 
-  def decode(self, tokens, positions, key_valid, cache, column):
-    """Extend the cache by the columns of `tokens` and return their states.
+  def extend(self, tokens, positions, here, past):
+    """Read tokens that continue rows.
 
     Args:
-      tokens: int32 [B, T], for columns column .. column + T - 1.
-      positions: int32 [B, T], the tokens' places among the valid ones.
-      key_valid: bool [B, U], valid columns of the cache, these included.
-      cache: `transformer.Cache` of U columns.
-      column: int32 [], or None for the first columns of an empty cache.
+      tokens: int32 [B, W].
+      positions: int32 [B, W], the tokens' places among the row's valid ones.
+      here: bool [B, W], tokens that belong to the row.
+      past: `attention.Past` of the trunk, or None at the start of the rows.
 
     Returns:
-      h^0 after the final norm [B, T, D], and the new cache.
+      The residual stream before the final norm [B, W, D], and the tokens'
+      keys and values, [L, B, N, W, C] each.
     """
-    count, column_ = tokens.shape[1], 0 if column is None else column
-    keys = key_valid.astype(jnp.int32)
-    here = jax.lax.dynamic_slice_in_dim(keys, column_, count, 1)
-    rows = (attention.full(here) if column is None else attention.Rows(
-        here, keys, column + jnp.arange(count)))
-    x, cache = self.blocks((self.embed(tokens), cache),
-                           self._angles(positions), rows, column_)
-    return self.final_norm(x), cache
+    return self.blocks(self.embed(tokens), self._angles(positions),
+                       attention.full(here), past, True)

@@ -5,11 +5,11 @@ is a mixture of experts (`moe.py`).
 
 Other packages see `params`, a plain nested dict with the top level keys
 'embed', 'blocks' (layers stacked on axis 0), 'final_norm', 'lm_head' (untied
-only) and 'mtp' (K > 0 only). The key-value cache is an argument and a result.
+only) and 'mtp' (K > 0 only). New tokens attend to the keys and values of
+earlier columns, an argument; their own are a result, which the caller keeps.
 """
 
 import functools
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,15 +18,6 @@ import jax.numpy as jnp
 from mtp_rl import config as config_lib
 from mtp_rl import sharding
 from mtp_rl.models import attention, moe
-
-
-class Cache(NamedTuple):
-  """Keys and values of all layers, float [L, B, N, T, C] each.
-
-  In this order a decoding step's matmuls read them without a transpose.
-  """
-  key: jax.Array
-  value: jax.Array
 
 
 def _product(x, kernel, out):
@@ -146,7 +137,7 @@ class Attention(nn.Module):
   config: config_lib.Model
 
   @nn.compact
-  def __call__(self, x, angles, rows, cache, layer, column):
+  def __call__(self, x, layer, angles, rows, past):
     m = self.config
     channels = head_channels(m)
     linear = functools.partial(Linear, dtype=jnp.dtype(m.dtype))
@@ -161,38 +152,34 @@ class Attention(nn.Module):
       q = RMSNorm(m.norm_eps, name='query_norm')(q)
       k = RMSNorm(m.norm_eps, name='key_norm')(k)
     q, k = rotate(q, *angles), rotate(k, *angles)
-    if cache is not None:
-      start = (layer, 0, 0, column, 0)
-      cache = Cache(*[
-          jax.lax.dynamic_update_slice(c, y.swapaxes(1, 2)[None], start)
-          for c, y in zip(cache, (k, v))])
-    if rows.columns is None:
+    if past is None:
       kind = attention.resolve(m.attention, channels, x.shape[1], m.dtype)
       y = attention.attend(q, k, v, rows, kind)
     else:
-      y = attention.in_use(q, cache.key, cache.value, layer, rows)
+      y = attention.with_past(q, k, v, past, layer, rows.queries > 0)
     y = linear(m.d_model, name='out')(y.reshape(*x.shape[:2], -1))
-    return y, cache
+    return y, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
 class Block(nn.Module):
   """Attention and SwiGLU, each behind a norm and a residual.
 
-  The carry is (x [B, T, D], cache or None); `layer` indexes the cache,
-  `column` is where its new keys go. Called under `nn.scan`. A sparse block
+  Takes x [B, T, D] and returns it with the tokens' keys and values, two arrays
+  [B, N, T, C], or None if `keep` is False. `past` is an `attention.Past`, in
+  which `layer` is this one, or None. Called under `nn.scan`. A sparse block
   has `moe.Experts`, and the experts that all tokens share as its SwiGLU.
   """
   config: config_lib.Model
   sparse: bool = False
+  keep: bool = False
 
   @nn.compact
-  def __call__(self, carry, layer, angles, rows, column):
+  def __call__(self, x, layer, angles, rows, past):
     m = self.config
-    x, cache = carry
     linear = functools.partial(Linear, dtype=jnp.dtype(m.dtype))
-    y, cache = Attention(m, name='attention')(
-        RMSNorm(m.norm_eps, name='attention_norm')(x), angles, rows, cache,
-        layer, column)
+    y, new = Attention(m, name='attention')(
+        RMSNorm(m.norm_eps, name='attention_norm')(x), layer, angles, rows,
+        past)
     x = x + y
     y = RMSNorm(m.norm_eps, name='mlp_norm')(x)
     width = m.shared_experts * m.expert_ff if self.sparse else m.d_ff
@@ -201,7 +188,7 @@ class Block(nn.Module):
     if width:
       z = nn.silu(linear(width, name='gate')(y)) * linear(width, name='up')(y)
       x = x + linear(m.d_model, name='down')(z)
-    return (sharding.constrain_batch(x), cache), None
+    return sharding.constrain_batch(x), new if self.keep else None
 
 
 class Stack(nn.Module):
@@ -213,10 +200,12 @@ class Stack(nn.Module):
   config: config_lib.Model
 
   @nn.compact
-  def __call__(self, carry, angles, rows, column):
+  def __call__(self, x, angles, rows, past=None, keep=False):
+    """Return x, and the keys and values [L, B, N, T, C] if `keep`."""
     m = self.config
     block = rematerialised(Block, m.remat)
     dense = m.dense_layers if m.experts else 0
+    new = []
     for name, layers, sparse in (
         ('dense', jnp.arange(dense), False),
         ('layers', jnp.arange(dense, m.n_layers), bool(m.experts))):
@@ -227,9 +216,12 @@ class Stack(nn.Module):
           split_rngs={'params': True},
           in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
           length=layers.size)
-      carry, _ = scanned(m, sparse, name=name)(carry, layers, angles, rows,
-                                               column)
-    return carry
+      x, made = scanned(m, sparse, keep, name=name)(x, layers, angles, rows,
+                                                    past)
+      new.append(made)
+    if not keep:
+      return x, None
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *new)
 
 
 class Embedding(nn.Module):
@@ -271,16 +263,27 @@ def positions_of(segments):
   return jnp.maximum(count - jnp.maximum(start, 1), 0)
 
 
-def empty_cache(model_config: config_lib.Model, batch, length):
-  """Return a zero `Cache` for `batch` rows of `length` columns."""
-  shape = (model_config.n_layers, batch, model_config.n_kv_heads, length,
-           head_channels(model_config))
-  zeros = constrain_cache(jnp.zeros(shape, jnp.dtype(model_config.dtype)))
-  return Cache(zeros, zeros)
+def write(cache, new, columns):
+  """Return a cache with the keys and values of new tokens in it.
+
+  Args:
+    cache: arrays [L, B, N, U, C].
+    new: the same of W tokens a row, [L, B, N, W, C].
+    columns: int32 [B], each row's first column to write.
+  """
+  # One window a row; vmap of an update would transpose the cache.
+  windows = jax.lax.ScatterDimensionNumbers(
+      update_window_dims=(0, 2, 3, 4), inserted_window_dims=(),
+      scatter_dims_to_operand_dims=(3,), operand_batching_dims=(1,),
+      scatter_indices_batching_dims=(0,))
+  put = lambda c, x: jax.lax.scatter(
+      c, columns[:, None], x.astype(c.dtype), windows, unique_indices=True,
+      mode='promise_in_bounds')
+  return jax.tree.map(lambda c, x: constrain_cache(put(c, x)), cache, new)
 
 
 def constrain_cache(x):
-  """Split keys or values [L, B, N, T, C] by rows, and heads over 'tensor'."""
+  """Split keys or values [L, B, N, U, C] by rows, and heads over 'tensor'."""
   return sharding.constrain(x, None, sharding.BATCH, 'tensor', None, None)
 
 

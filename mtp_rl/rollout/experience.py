@@ -12,7 +12,7 @@ from mtp_rl import distributed, prng, types
 from mtp_rl.models import moe
 from mtp_rl.objectives import acceptance, logprobs
 from mtp_rl.objectives import advantages as advantages_lib
-from mtp_rl.rollout import sampler
+from mtp_rl.rollout import prompts as prompts_lib
 
 _REDRAW = 2 ** 32  # redraw r takes the prompts of step + r * _REDRAW
 
@@ -72,6 +72,7 @@ class _Draw(NamedTuple):
     examples: object [B], the `types.Example` of each row.
     costs: float64 [draws, 3], seconds to generate, seconds to reward, and
       tokens generated.
+    counts: int32 [draws, 2 + drafts], see `decode.SamplingState`.
   """
   tokens: np.ndarray
   valid: np.ndarray
@@ -79,6 +80,7 @@ class _Draw(NamedTuple):
   rewards: np.ndarray
   examples: np.ndarray
   costs: np.ndarray
+  counts: np.ndarray
 
 
 def _draw(actor, placed, step, redraw):
@@ -86,11 +88,10 @@ def _draw(actor, placed, step, redraw):
   start = time.perf_counter()
   config, task = actor.config, actor.task
   asked = task.prompts(step + redraw * _REDRAW, config.rl.prompts)
-  prompts, prompt_valid = sampler.pad_prompts(
+  prompts, prompt_valid = prompts_lib.pad_prompts(
       [e.prompt for e in asked], task.tokenizer, config.rollout.max_prompt)
   key = prng.fold(actor.key, *([step, redraw] if redraw else [step]))
-  rows, sampled = distributed.fetch(
-      actor.generate(placed, prompts, prompt_valid, key))
+  rows, sampled, counts = actor.generate(placed, prompts, prompt_valid, key)
   generated = time.perf_counter()
   response = rows.tokens[:, -config.rollout.max_response:]
   examples = [e for e in asked for _ in range(config.rl.group)]
@@ -102,7 +103,7 @@ def _draw(actor, placed, step, redraw):
   column = np.empty(len(examples), object)
   column[:] = examples
   return _Draw(rows.tokens, rows.valid, sampled, rewards, column,
-               np.asarray([costs]))
+               np.asarray([costs]), counts[None])
 
 
 def _draw_batch(actor, placed, step):
@@ -129,7 +130,7 @@ def _draw_batch(actor, placed, step):
              'rollout/groups_dropped': len(varied) - r.prompts,
              'rollout/groups_uniform': (~varied[chosen]).sum(),
              'reward/drawn_mean': drawn.rewards.mean()}
-  return _Draw(*(x[rows] for x in drawn[:-1]), drawn.costs), metrics
+  return _Draw(*(x[rows] for x in drawn[:-2]), *drawn[-2:]), metrics
 
 
 def collect(actor: Actor, params, reference_params, step):
@@ -162,9 +163,18 @@ def collect(actor: Actor, params, reference_params, step):
       'timing_s/reward': rewarding,
       'timing_s/score': time.perf_counter() - start,
       'rollout/tokens_per_s': made / generating, **failures,
+      **_drafting(drawn.counts.sum(0)),
       **describe(batch, old, drawn.rewards, config.rl.group,
                  task.tokenizer.ends)}
   return Rollout(batch, list(drawn.examples), drawn.rewards, metrics)
+
+
+def _drafting(counts):
+  """Return metrics of the drafts from `decode.SamplingState.counts`."""
+  forwards, tokens, *accepted = counts.tolist()
+  out = {'rollout/tokens_per_forward': tokens / max(forwards, 1)}
+  return out | {f'rollout/accepted_{k}': n / max(forwards, 1)
+                for k, n in enumerate(accepted, 1)}
 
 
 def _batch(actor, params, reference_params, drawn):

@@ -23,7 +23,7 @@ from mtp_rl import (
   validate,
 )
 from mtp_rl.models import pretrained
-from mtp_rl.rollout import sampler
+from mtp_rl.rollout import prompts as prompts_lib
 from mtp_rl.run import checkpoint, metrics
 
 # Fields that may change when a workdir is resumed. rl.steps may as well under a
@@ -151,12 +151,12 @@ def _check_lengths(config: config_lib.Config, task):
   """Raise ConfigError if the longest texts of a task do not fit."""
   r = config.rollout
   for example in task.probe():
-    sampler.check_prompt(example.prompt,
+    prompts_lib.check_prompt(example.prompt,
                          len(task.tokenizer.encode(example.prompt)),
                          r.max_prompt)
     if (config.warmup.steps and config.warmup.data == 'solutions'
         and example.solution):
-      sampler.pad_supervised([example], task.tokenizer, r.max_prompt,
+      prompts_lib.pad_supervised([example], task.tokenizer, r.max_prompt,
                              r.max_response)
 
 
