@@ -6,7 +6,7 @@ import pytest
 
 from mtp_rl import tokenizers, types
 from mtp_rl.objectives import logprobs
-from mtp_rl.rollout import experience
+from mtp_rl.rollout import experience, sampler
 from tests import conftest
 
 R, S, P, G = 6, 6, 8, 4
@@ -50,7 +50,8 @@ def _generate(task):
       ids = task.tokenizer.encode(('x' if j < right else 'y') * (j + 2))
       tokens[row, R:R + len(ids)] = ids
       there[row, R:R + len(ids)] = True
-    return types.Tokens(tokens, there), np.zeros((P * G, S), np.float32)
+    return sampler.Drawn(types.Tokens(tokens, there),
+                         np.zeros((P * G, S), np.float32), np.array([1, 1]))
   return generate
 
 

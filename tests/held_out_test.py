@@ -9,6 +9,7 @@ import pytest
 from mtp_rl import tasks
 from mtp_rl.evaluation import held_out
 from mtp_rl.report import intervals
+from mtp_rl.rollout import sampler
 from tests import conftest
 
 
@@ -54,7 +55,7 @@ def test_every_problem_is_scored_once_whatever_the_batch():
         text = answers[task.tokenizer.decode(ids[valid[row // group]])]
         out = task.tokenizer.encode(text) + [1]
         tokens[row, 6:6 + len(out)] = out
-      return tasks.types.Tokens(tokens, tokens > 0), None
+      return sampler.Drawn(tasks.types.Tokens(tokens, tokens > 0), None, None)
     return generate
 
   log = _Log()
