@@ -221,6 +221,7 @@ class Run:
   checkpoint_every: int = 50
   keep: int = 2
   progress: bool = True
+  max_skipped: int = 5  # updates in a row that are not finite: the run ends
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -25,6 +25,8 @@ from mtp_rl import (
 from mtp_rl.objectives import acceptance, logprobs, masked
 from mtp_rl.objectives import mtp as mtp_loss
 
+COUNTS = ('skipped_updates', 'skipped_in_a_row')  # metrics, not to be averaged
+
 
 def train_step(state, batch, *, config: config_lib.Config, transform, rate):
   """Return the state after one optimiser update, and its metrics.
@@ -52,10 +54,8 @@ def train_step(state, batch, *, config: config_lib.Config, transform, rate):
         lambda: _probe(state, after, out, batch, config),
         lambda: after.occ)
     after = after._replace(occ=tracked)
-  metrics = out.metrics | {
-      'grad_norm/theta': tree.norm(tree.theta(out.gradient)),
-      'grad_norm/psi': tree.norm(tree.psi(out.gradient)), 'lr': lr}
-  return after, metrics
+  return _unless_bad(state, after, out.objective, out.gradient,
+                     out.metrics | {'lr': lr}, config.run.max_skipped)
 
 
 def _probe(before, after, out, batch, config: config_lib.Config):
@@ -76,7 +76,35 @@ def _apply(state, grads, tracked, transform):
   updates, opt_state = transform.update(grads, state.opt_state, state.params)
   return types.TrainState(state.step + 1,
                           optax.apply_updates(state.params, updates),
-                          opt_state, tracked)
+                          opt_state, tracked, state.skipped)
+
+
+def _unless_bad(before, after, loss, gradient, metrics, limit):
+  """Return `after`, or `before` where the update is not finite, and metrics.
+
+  The loss, the norms of the gradient, the new parameters and the tracked
+  coefficient must be finite. A skipped update changes nothing but the counts.
+  After `limit` of them in a row nothing changes any more; the host then ends
+  the run, however much later it looks.
+
+  Args:
+    before, after: `types.TrainState`.
+    loss: float32 [].
+    gradient: a tree like params.
+    metrics: dict, to which the norms and counts are added.
+    limit: run.max_skipped.
+  """
+  norms = {'grad_norm/theta': tree.norm(tree.theta(gradient)),
+           'grad_norm/psi': tree.norm(tree.psi(gradient))}
+  finite = tree.is_finite((loss, norms, after.params, after.occ))
+  total, in_a_row = before.skipped
+  goes_on = in_a_row < limit
+  good, bad = finite & goes_on, ~finite & goes_on
+  kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+  skipped = types.Skipped(
+      total + bad, jnp.where(good, 0, in_a_row + bad).astype(jnp.int32))
+  return kept._replace(skipped=skipped), metrics | norms | {
+      'skipped_updates': skipped.total, 'skipped_in_a_row': skipped.in_a_row}
 
 
 def supervised_step(state, batch, *, config: config_lib.Config, transform,
@@ -108,13 +136,12 @@ def supervised_step(state, batch, *, config: config_lib.Config, transform,
       metrics |= acceptance.metrics(out.top1, out.overlap, mtp_mask)
     return total, metrics | {'warmup/loss': main}
 
+  lr = jnp.asarray(rate(state.step), jnp.float32)
   trained = tree.psi(state.params) if alone else state.params
-  grads, metrics = jax.grad(loss_fn, has_aux=True)(trained)
+  (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
   grads = {**jax.tree.map(jnp.zeros_like, state.params), **grads}
-  metrics |= {'grad_norm/theta': tree.norm(tree.theta(grads)),
-              'grad_norm/psi': tree.norm(tree.psi(grads)),
-              'lr': jnp.asarray(rate(state.step), jnp.float32)}
-  return _apply(state, grads, state.occ, transform), metrics
+  return _unless_bad(state, _apply(state, grads, state.occ, transform), loss,
+                     grads, metrics | {'lr': lr}, config.run.max_skipped)
 
 
 class Steps(NamedTuple):
@@ -162,7 +189,8 @@ def make(config: config_lib.Config, mesh, phase='rl'):
     params = forward.init(config, key)
     return types.TrainState(jnp.int32(0), params, transform.init(params),
                             occ.initial_state(config_lib.depths(config.mtp),
-                                              config.occ.lambda_plus))
+                                              config.occ.lambda_plus),
+                            types.Skipped(jnp.int32(0), jnp.int32(0)))
 
   def init_rest(key):
     state = init(key)

@@ -18,7 +18,7 @@ from mtp_rl import distributed, prng, sharding, train_step, tree, warmup
 from mtp_rl.evaluation import held_out
 from mtp_rl.report import run_figures, style
 from mtp_rl.rollout import experience, layout, packing, sampler
-from mtp_rl.run import checkpoint, metrics, signals
+from mtp_rl.run import checkpoint, endings, metrics, signals
 from mtp_rl.run import workdir as workdir_lib
 
 
@@ -78,7 +78,8 @@ def _update(run, steps, state, batch):
     state, values = steps.update(state, distributed.put(part, placed))
     seen.append(values | packed)
   seen = jax.device_get(seen)
-  return state, {k: np.mean([v[k] for v in seen]) for k in seen[0]}
+  return state, {k: np.mean([v[k] for v in seen]) for k in seen[0]} | {
+      k: seen[-1][k] for k in train_step.COUNTS}
 
 
 def rl(run: workdir_lib.Run, warm_params, stopped):
@@ -128,6 +129,8 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
       if last or step == 1 or step % config.eval.every == 0:
         _note_samples(run, step, rollout)
       row = writer.write(step, values)
+      endings.refuse_diverged(config, updated['skipped_in_a_row'], 'rl', step,
+                              saved.latest_path())
       shown |= row
       bar.set_postfix(_postfix(shown), refresh=False)
       bar.update()
@@ -152,8 +155,10 @@ def _note_samples(run, step, rollout):
 
 def _postfix(row):
   out = {'reward': f'{row["reward/mean"]:.2f}'}
+  if row['skipped_updates']:
+    out['skipped'] = row['skipped_updates']
   for name, value in row.items():
-    if name.endswith('/greedy'):
+    if name.endswith('/greedy') and value is not None:
       out['acc'] = f'{value:.2f}'
   if row.get('occ/lambda') is not None:
     out['lambda'] = f'{row["occ/lambda"]:+.3f}'
@@ -161,8 +166,13 @@ def _postfix(row):
   return out
 
 
-def finish(run: workdir_lib.Run, done):
-  """Draw the figures and write summary.json; return the summary."""
+def finish(run: workdir_lib.Run, status):
+  """Draw the figures and write summary.json; return the summary.
+
+  Args:
+    run: `workdir.Run`.
+    status: 'complete', 'interrupted' or 'diverged'.
+  """
   distributed.barrier()  # process 0 has written what all read below
   rows = metrics.read(run.path('metrics.jsonl'))
   config = run.config
@@ -173,7 +183,7 @@ def finish(run: workdir_lib.Run, done):
             for r in rows]
   scores = [v for v in scores if v] or [{}]
   summary = {
-      'status': 'complete' if done else 'interrupted',
+      'status': status,
       'step': rows[-1]['step'] if rows else 0, 'steps': config.rl.steps,
       'seed': config.seed, 'regime': config.mtp.regime,
       'estimator': config.occ.estimator, 'after_warmup': scores[0],
@@ -210,6 +220,10 @@ def train(config: config_lib.Config, workdir):
   """
   run = workdir_lib.setup(config, workdir)
   with _running(run) as stopped:
-    params = warmup.train(run, stopped)
-    done = params is not None and rl(run, params, stopped)
-  return finish(run, done)
+    try:
+      params = warmup.train(run, stopped)
+      done = params is not None and rl(run, params, stopped)
+    except endings.DivergedError:
+      finish(run, 'diverged')
+      raise
+  return finish(run, 'complete' if done else 'interrupted')

@@ -27,6 +27,12 @@ def norm(a):
   return jnp.sqrt(dot(a, a))
 
 
+def is_finite(a):
+  """Return whether no element of a tree is NaN or infinite, bool []."""
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x))
+                            for x in jax.tree.leaves(a)]))
+
+
 def axpy(alpha, x, y):
   """Return alpha * x + y, each leaf in the dtype of y."""
   return jax.tree.map(lambda u, v: (alpha * u + v).astype(v.dtype), x, y)

@@ -112,16 +112,30 @@ class OccState(NamedTuple):
   smoothness: jax.Array
 
 
+class Skipped(NamedTuple):
+  """Updates that were not finite and left everything else as it was.
+
+  Attributes:
+    total: int32 [], since the start of the phase.
+    in_a_row: int32 [], since the last good update; it stays where it reaches
+      run.max_skipped, at which the run ends.
+  """
+  total: jax.Array
+  in_a_row: jax.Array
+
+
 class TrainState(NamedTuple):
   """Everything that an update changes.
 
   Attributes:
-    step: int32 [], optimiser updates done.
+    step: int32 [], optimiser updates done, without those that were skipped.
     params: the model's parameters; MTP modules under 'mtp'.
     opt_state: the optimiser's state.
     occ: `OccState`, the tracked coefficient.
+    skipped: `Skipped`.
   """
   step: jax.Array
   params: Any
   opt_state: Any
   occ: OccState
+  skipped: Skipped

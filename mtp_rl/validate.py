@@ -1,6 +1,7 @@
 """Rejects settings that cannot work, before anything is computed."""
 
 import dataclasses
+import math
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io, estimators, regimes, tasks
@@ -45,7 +46,7 @@ _POSITIVE = {
     'occ': ('probe_every', 'disjoint_parts'),
     'eval': ('every', 'samples', 'batch'),
     'mesh': ('data', 'fsdp', 'tensor', 'expert'),
-    'run': ('checkpoint_every', 'keep'),
+    'run': ('checkpoint_every', 'keep', 'max_skipped'),
     'task': ('held_out', 'timeout_s', 'processes', 'largest'),
 }
 _NOT_NEGATIVE = {
@@ -93,6 +94,17 @@ def _need_signs(config: config_lib.Config, table, holds, message):
     for field in fields:
       value = getattr(getattr(config, section), field)
       _need(holds(value), f'{section}.{field}={value} {message}')
+
+
+def _need_finite(config: config_lib.Config):
+  """Refuse NaN anywhere, and infinities but as a bound of lambda."""
+  for section, fields in vars(config).items():
+    for name, value in (vars(fields).items()
+                        if dataclasses.is_dataclass(fields) else ()):
+      bound = section == 'occ' and name in ('lambda_min', 'lambda_max')
+      _need(not isinstance(value, float) or math.isfinite(value)
+            or (bound and not math.isnan(value)),
+            f'{section}.{name}={value} must be a finite number')
 
 
 def _validate_mtp(config: config_lib.Config):
@@ -309,6 +321,13 @@ def validate(config: config_lib.Config):
     config.ConfigError: one sentence that names the setting and the fix.
   """
   _need_fields(config)
+  _need_finite(config)
+  _need(config.seed >= 0, f'seed={config.seed} must not be negative')
+  for name in ('b1', 'b2'):
+    value = getattr(config.optim, name)
+    _need(0 <= value < 1, f'optim.{name}={value}, the decay of a moving '
+          'average, must lie in [0, 1)')
+  _need(config.optim.eps > 0, f'optim.eps={config.optim.eps} must be positive')
   for name, choices in CHOICES.items():
     section, field = name.split('.')
     value = getattr(getattr(config, section), field)

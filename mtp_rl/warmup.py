@@ -9,12 +9,11 @@ import contextlib
 import jax
 import numpy as np
 
-from mtp_rl import config as config_lib
 from mtp_rl import distributed, prng, sharding, train_step
 from mtp_rl.models import pretrained
 from mtp_rl.rollout import layout, sampler
 from mtp_rl.rollout import prompts as prompts_lib
-from mtp_rl.run import checkpoint, metrics
+from mtp_rl.run import checkpoint, endings, metrics
 from mtp_rl.run import workdir as workdir_lib
 
 
@@ -142,6 +141,9 @@ def _loop(run, steps, state, draw, start, saved, stopped):
   w, step = run.config.warmup, start
   writer = metrics.Writer(run.path('warmup.jsonl'), run.path('events'), start)
   rows = sharding.batch_sharding(run.mesh)
+  refuse_diverged = lambda step, values: endings.refuse_diverged(
+      run.config, int(values['skipped_in_a_row']), 'warmup', step,
+      saved.latest_path())
   with contextlib.closing(writer), metrics.progress(
       run.config, w.steps, start, 'warm-up') as bar:
     for step in range(start + 1, w.steps + 1):
@@ -149,13 +151,13 @@ def _loop(run, steps, state, draw, start, saved, stopped):
       state, values = steps.update(state, batch)
       if step % 20 == 0 or step == w.steps:
         row = writer.write(step, values)
-        if any(v is None for n, v in row.items() if n.endswith('/loss')):
-          raise config_lib.ConfigError(
-              f'the warm-up diverged at step {step}; lower warmup.lr={w.lr}')
-        bar.set_postfix(loss=f'{row["warmup/loss"]:.3f}', refresh=False)
+        refuse_diverged(step, values)
+        if row['warmup/loss'] is not None:
+          bar.set_postfix(loss=f'{row["warmup/loss"]:.3f}', refresh=False)
       bar.update()
       last = step == w.steps or stopped()
       if last or step % run.config.run.checkpoint_every == 0:
+        refuse_diverged(step, values)
         saved.save(step, state)
       if last:
         break

@@ -153,3 +153,15 @@ def test_a_vocabulary_is_resolved_once_and_must_hold_the_tokenizer():
   assert config_lib.with_vocabulary(config, 17).model.vocab_size == 32
   with pytest.raises(config_lib.ConfigError, match='has 33 tokens'):
     config_lib.with_vocabulary(config, 33)
+
+
+@pytest.mark.parametrize('name, value', [
+    ('rl.lr', math.inf), ('mtp.coef', math.inf), ('optim.b1', 2.),
+    ('optim.b2', 1.), ('seed', -1), ('rl.clip_high', math.nan),
+    ('occ.lambda_max', math.nan), ('run.max_skipped', 0)])
+def test_what_is_no_usable_number_is_refused(name, value):
+  config = config_lib.Config()
+  section, _, field = name.rpartition('.')
+  setattr(getattr(config, section) if section else config, field, value)
+  with pytest.raises(config_lib.ConfigError, match=f'{name}={value}'):
+    validate.validate(config)

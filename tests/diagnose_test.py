@@ -186,7 +186,7 @@ def test_held_out_rollouts_are_of_other_prompts(minibatches, monkeypatch):
   monkeypatch.setattr(experience, 'collect', collect)
   run = workdir_lib.Run(config, '', None, None, None)
   functions = trainer.Functions(None, None, None)
-  state = types.TrainState(0, None, None, None)
+  state = types.TrainState(0, None, None, None, None)
   _, first, batch, held_out = study._one(
       run, functions, lambda *args: args, state, None, 3)
   rows = 8 // minibatches
@@ -208,7 +208,7 @@ def test_held_out_rollouts_are_of_other_prompts(minibatches, monkeypatch):
 def test_the_step_is_as_long_as_the_update_of_the_optimiser():
   g = {'blocks': jnp.asarray([3., -4.])}
   state = types.TrainState(
-      0, {**g, 'mtp': {'w': jnp.ones(3)}}, None, None)
+      0, {**g, 'mtp': {'w': jnp.ones(3)}}, None, None, None)
   transform = optax.sgd(.1)
   state = state._replace(opt_state=transform.init(state.params))
   np.testing.assert_allclose(measure._step_size(g, state, transform), .1,

@@ -12,6 +12,7 @@ FLOORS = (
      'report.style'),
     ('config', 'report.run_figures', 'report.comparison_figures',
      'report.diagnosis_figures'),
+    ('run.endings',),
     ('config_io', 'sharding', 'tokenizers', 'run.signals', 'distributed',
      'objectives.masked'),
     ('models.attention', 'models.moe', 'models.presets', 'models.sources',

@@ -98,8 +98,9 @@ def _score(name, mode, start, examples, texts, task):
   """Return one dict for each completion, with its reward."""
   asked = [e for e, group in zip(examples, texts) for _ in group]
   given = [t for group in texts for t in group]
-  rewards = iter(distributed.split(
-      lambda mine: task.rewards(asked[mine], given[mine]), len(asked)))
+  rewards = distributed.split(
+      lambda mine: task.rewards(asked[mine], given[mine]), len(asked))
+  rewards = iter(np.where(np.isfinite(rewards), rewards, 0.))
   return [{'set': name, 'mode': mode, 'problem': start + i, 'sample': j,
            'prompt': e.prompt, 'answer': e.answer, 'completion': t,
            'extracted': task.extract(t), 'reward': float(next(rewards))}

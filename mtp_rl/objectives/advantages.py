@@ -24,6 +24,22 @@ def overlong_penalty(lengths, max_response, buffer, penalty):
   return np.minimum(-over / buffer * penalty, 0.).astype(np.float32)
 
 
+def finite_rewards(rewards):
+  """Return rewards with 0 in place of NaN and infinities, and their count.
+
+  What a verifier cannot put a number to costs that answer alone: in a mean or
+  a standard deviation it would cost the whole group.
+
+  Args:
+    rewards: float [B].
+
+  Returns:
+    float32 [B], int.
+  """
+  finite = np.isfinite(rewards)
+  return np.where(finite, rewards, 0.).astype(np.float32), int((~finite).sum())
+
+
 def varied_groups(rewards, group):
   """Return bool [P], whether a group's rewards differ; rewards: float [B]."""
   r = np.asarray(rewards).reshape(-1, group)

@@ -1,22 +1,42 @@
 """The figures of a run, drawn from its metrics alone."""
 
+import math
+
 from matplotlib import figure as mpl_figure
 
 from mtp_rl.report import style
 
 
 def _series(rows, name):
-  pairs = [(r['step'], r[name]) for r in rows if r.get(name) is not None]
-  return [p[0] for p in pairs], [p[1] for p in pairs]
+  """Return steps and values of a metric; NaN, a gap, where there is none.
+
+  A value is missing where it was not finite, or where the file has no row of a
+  step; steps at which the metric is not measured are no gaps.
+  """
+  x, y, last = [], [], None
+  for row in rows:
+    if last is not None and row['step'] > last + 1:
+      x.append(last + 1)
+      y.append(math.nan)
+    last = row['step']
+    if name in row:
+      x.append(last)
+      y.append(math.nan if row[name] is None else row[name])
+  return x, y
 
 
 def _panel(axis, rows, curves, title, **limits):
+  missing = 0
   for name, label, line in curves:
     x, y = _series(rows, name)
-    if x:
+    missing += sum(map(math.isnan, y))
+    if any(map(math.isfinite, y)):
       axis.plot(x, y, label=label, **line)
   axis.set(title=title, xlabel='RL step', **limits)
   axis.grid(alpha=.25)
+  if missing:
+    axis.text(.98, .02, 'gaps: values that are missing or not finite',
+              transform=axis.transAxes, ha='right', fontsize=7)
   if axis.lines:
     axis.legend(frameon=False, fontsize=8)
 

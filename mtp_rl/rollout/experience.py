@@ -70,8 +70,8 @@ class _Draw(NamedTuple):
     sampled: float32 [B, S], log-probs as the sampler computed them.
     rewards: float32 [B], without the overlong penalty.
     examples: object [B], the `types.Example` of each row.
-    costs: float64 [draws, 3], seconds to generate, seconds to reward, and
-      tokens generated.
+    costs: float64 [draws, 4], seconds to generate, seconds to reward, tokens
+      generated, and rewards that were not finite.
     counts: int32 [draws, 2 + drafts], see `decode.SamplingState`.
   """
   tokens: np.ndarray
@@ -95,11 +95,12 @@ def _draw(actor, placed, step, redraw):
   generated = time.perf_counter()
   response = rows.tokens[:, -config.rollout.max_response:]
   examples = [e for e in asked for _ in range(config.rl.group)]
-  rewards = distributed.split(lambda mine: task.rewards(
-      examples[mine], [task.tokenizer.decode(row) for row in response[mine]]),
-                              len(examples)).astype(np.float32)
+  rewards, bad = advantages_lib.finite_rewards(distributed.split(
+      lambda mine: task.rewards(
+          examples[mine], [task.tokenizer.decode(x) for x in response[mine]]),
+      len(examples)))
   made = rows.valid[:, -config.rollout.max_response:].sum()
-  costs = (generated - start, time.perf_counter() - generated, made)
+  costs = (generated - start, time.perf_counter() - generated, made, bad)
   column = np.empty(len(examples), object)
   column[:] = examples
   return _Draw(rows.tokens, rows.valid, sampled, rewards, column,
@@ -156,13 +157,14 @@ def collect(actor: Actor, params, reference_params, step):
   batch, old, shaping = _batch(actor, params, reference_params, drawn)
   if config.rl.overlong_buffer:
     metrics['reward/overlong_mean'] = shaping.mean()
-  generating, rewarding, made = drawn.costs.sum(0)
+  generating, rewarding, made, bad = drawn.costs.sum(0)
   metrics |= {
       'timing_s/reshard': placing,
       'timing_s/rollout': generating,
       'timing_s/reward': rewarding,
       'timing_s/score': time.perf_counter() - start,
-      'rollout/tokens_per_s': made / generating, **failures,
+      'rollout/tokens_per_s': made / generating,
+      'reward/not_finite': int(bad), **failures,
       **_drafting(drawn.counts.sum(0)),
       **describe(batch, old, drawn.rewards, config.rl.group,
                  task.tokenizer.ends)}

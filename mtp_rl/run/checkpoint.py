@@ -40,6 +40,12 @@ class Checkpoints:
     latest = self._inner.latest
     return distributed.first(None if latest is None else latest.step)
 
+  def latest_path(self):
+    """Return the directory of the latest step, or None."""
+    latest = self.latest()
+    return None if latest is None else os.path.join(self._directory,
+                                                    str(latest))
+
   def steps(self):
     """Return the steps that are kept, ascending."""
     return sorted(c.step for c in self._inner.checkpoints)
