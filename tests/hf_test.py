@@ -19,7 +19,10 @@ def _variants(family):
   yield m
   yield dataclasses.replace(m, n_kv_heads=1, rope_theta=77., norm_eps=1e-3,
                             tie_embeddings=not m.tie_embeddings)
-  if m.experts:
+  if m.router == 'softmax':
+    yield dataclasses.replace(m, norm_topk=False, dense_layers=2, n_heads=6,
+                              rope_type='linear', rope_factor=3.)
+  elif m.experts:
     yield dataclasses.replace(
         m, n_heads=6, router_groups=1, router_top_groups=1, norm_topk=False,
         qk_norm=False, qkv_bias=False, rotary=.25, dense_layers=2,

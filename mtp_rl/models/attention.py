@@ -41,10 +41,12 @@ class Rows(NamedTuple):
     keys: int32 [B, U], segment of each key.
     columns: int32 [T], each query's column among the keys; None where T = U
       and query t is in column t.
+    window: int32 [], columns up to its own that a query sees; None: all.
   """
   queries: jax.Array
   keys: jax.Array
   columns: jax.Array | None = None
+  window: jax.Array | None = None
 
 
 def full(segments):
@@ -53,7 +55,26 @@ def full(segments):
   return Rows(segments, segments)
 
 
-def resolve(kind, channels, columns, dtype):
+def in_window(rows, m: config_lib.Model, layer):
+  """Return `Rows` with the sliding window of a layer.
+
+  Without an effect on so many columns it is left out, so that the kernels,
+  which have none, can be used.
+
+  Args:
+    rows: `Rows`.
+    m: `config.Model`.
+    layer: int or int32 [].
+  """
+  if not 0 < m.window < rows.keys.shape[1]:
+    return rows
+  if 'f' not in m.window_layers:
+    return rows._replace(window=m.window)
+  sizes = [m.window if c == 's' else 2 ** 30 for c in m.window_layers]
+  return rows._replace(window=jnp.asarray(sizes, jnp.int32)[layer])
+
+
+def resolve(kind, channels, columns, dtype, windowed=False):
   """Return the form of attention to use, choosing one for 'auto'.
 
   Args:
@@ -61,11 +82,19 @@ def resolve(kind, channels, columns, dtype):
     channels: C.
     columns: T.
     dtype: of the computation.
+    windowed: whether a sliding window cuts keys off.
 
   Raises:
     config.ConfigError: the kernel asked for does not support the target or
       these sizes.
   """
+  if windowed and kind in ('splash', 'cudnn'):
+    raise config_lib.ConfigError(
+        f'model.attention={kind} has no sliding window, but model.window is '
+        f'shorter than the {columns} columns; set model.attention=auto')
+  if windowed:
+    return kind if kind != 'auto' else (
+        'blocks' if columns > _LONG else 'plain')
   device = jax.sharding.get_abstract_mesh().abstract_device
   platform = device.platform if device else jax.default_backend()
   fits = (platform == 'tpu' and channels % _LANES == 0
@@ -143,6 +172,8 @@ def cached(query, key, value, rows):
   columns = jnp.arange(t) if rows.columns is None else rows.columns
   mask = ((rows.queries[:, :, None] == rows.keys[:, None, :])
           & (jnp.arange(u)[None, :] <= columns[:, None]))
+  if rows.window is not None:
+    mask &= jnp.arange(u)[None, :] > columns[:, None] - rows.window
   # Matmuls are batched over [B, N], which a mesh may split, and have the h / n
   # query heads of a group as rows. Dividing by the sum of the weights after the
   # second one saves a pass over them.
@@ -218,7 +249,7 @@ def blocks(query, key, value, rows, block=BLOCK):
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(xs, seen=seen):
       k, v, keys = seen
-      return plain(xs[0], k, v, Rows(xs[1], keys, xs[2]))
+      return plain(xs[0], k, v, Rows(xs[1], keys, xs[2], rows.window))
 
     out.append(jax.lax.map(one, tuple(
         x[first:last] for x in (q, segments, columns))))

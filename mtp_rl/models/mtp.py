@@ -17,12 +17,14 @@ With `mtp.kind` 'parallel' (Gloeckle et al. 2024) depth k reads h^0_i alone,
 so it must predict x_{i+k+1} without knowing x_{i+1} .. x_{i+k}.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mtp_rl import config as config_lib
-from mtp_rl.models import attention, transformer
+from mtp_rl.models import attention, rope, transformer
 
 
 class MTPModule(nn.Module):
@@ -97,12 +99,15 @@ class Decoder(nn.Module):
     if not m.tie_embeddings:
       self.lm_head = transformer.Linear(m.vocab_size)
     if self.mtp.modules:
-      self.modules = MTPModules(m, self.mtp, name='mtp')
+      # A module's layer has full attention, also where the trunk's slide.
+      self.modules = MTPModules(dataclasses.replace(m, window=0), self.mtp,
+                                name='mtp')
 
   def _angles(self, positions):
     return transformer.rope_angles(
         positions, transformer.rotary_channels(self.model),
-        self.model.rope_theta)
+        self.model.rope_theta, rope.stretched(
+            self.model, transformer.rotary_channels(self.model)))
 
   def __call__(self, tokens, attending, with_mtp=True):
     """Return the hidden states that the output head reads.

@@ -95,17 +95,24 @@ class RMSNorm(nn.Module):
     return (y * scale).astype(x.dtype)
 
 
-def rope_angles(positions, channels, theta):
+def rope_angles(positions, channels, theta, stretched=None):
   """Return cos and sin of the rotary angles, float32 [B, T, 1, C/2] each.
 
   Args:
     positions: int32 [B, T].
     channels: C, channels of a head that RoPE turns; see `rotary_channels`.
     theta: base of the frequencies theta^(-2c / C).
+    stretched: frequencies in their place, and a gain; see `rope.stretched`.
   """
-  frequency = theta ** (-jnp.arange(0, channels, 2, jnp.float32) / channels)
+  if stretched is None:
+    frequency = theta ** (-jnp.arange(0, channels, 2, jnp.float32) / channels)
+    gain = 1.
+  else:
+    frequency, gain = stretched
   angles = positions[..., None, None].astype(jnp.float32) * frequency
-  return jnp.cos(angles), jnp.sin(angles)
+  if gain == 1:
+    return jnp.cos(angles), jnp.sin(angles)
+  return jnp.cos(angles) * gain, jnp.sin(angles) * gain
 
 
 def rotate(x, cos, sin):
@@ -161,13 +168,15 @@ class Attention(nn.Module):
       q = RMSNorm(m.norm_eps, name='query_norm')(q)
       k = RMSNorm(m.norm_eps, name='key_norm')(k)
     q, k = rotate(q, *angles), rotate(k, *angles)
+    rows = attention.in_window(rows, m, layer)
     if cache is not None:
       start = (layer, 0, 0, column, 0)
       cache = Cache(*[
           jax.lax.dynamic_update_slice(c, y.swapaxes(1, 2)[None], start)
           for c, y in zip(cache, (k, v))])
     if rows.columns is None:
-      kind = attention.resolve(m.attention, channels, x.shape[1], m.dtype)
+      kind = attention.resolve(m.attention, channels, x.shape[1], m.dtype,
+                               rows.window is not None)
       y = attention.attend(q, k, v, rows, kind)
     else:
       y = attention.in_use(q, cache.key, cache.value, layer, rows)
