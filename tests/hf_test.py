@@ -44,10 +44,16 @@ def test_random_small_models_have_the_logits_of_transformers(family, tmp_path):
     np.testing.assert_allclose(got[published.tokens()[1]], want, atol=1e-4)
 
 
-@pytest.mark.parametrize('family', ['mimo', 'glm4_moe'])
+@pytest.mark.parametrize('family', ['mimo', 'glm4_moe', 'qwen3_moe',
+                                    'deepseek names'])
 def test_modules_have_the_logits_of_transformers(family, tmp_path):
   """Its MtpModel; MiMo's as Qwen2's layer with the hidden state first."""
-  m, mtp = published.model(family)
+  m, mtp = published.model('mimo' if ' ' in family else family, modules=1)
+  if family == 'deepseek names':  # in a dense model
+    mtp = dataclasses.replace(mtp, layout='deepseek', concat='emb_h')
+  if m.router == 'softmax':  # torch's module is like layer 0
+    m = dataclasses.replace(m, dense_layers=0)
+    mtp = dataclasses.replace(mtp, concat='emb_h')
   tensors = published.weights(m, mtp)
   path = published.write(tmp_path / 'hf', m, mtp, tensors)
   net, abstract = published.network(m, mtp)

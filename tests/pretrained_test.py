@@ -94,6 +94,25 @@ def test_changed_modules_are_changed_in_the_export(family, changed, tmp_path):
         written[name], value + name.startswith(changed), err_msg=name)
 
 
+def test_a_dense_model_can_bear_the_names_of_deepseek(tmp_path):
+  m, mtp = published.model('mimo', layout='deepseek', concat='emb_h')
+  tensors = published.weights(m, mtp)
+  assert 'model.layers.2.eh_proj.weight' in tensors
+  values = presets.to_hf(m, mtp)
+  del values['mtp_rl']
+  assert presets.from_hf(values, 'deepseek')[1]['concat'] == 'emb_h'
+  path = published.write(tmp_path / 'in', m, mtp, tensors, mtp_rl=None)
+  params = pretrained.load(path, published.network(m, mtp)[1], m, mtp)
+  pretrained.save(str(tmp_path / 'out'), params, m, mtp)
+  written = safe.load_file(tmp_path / 'out' / 'model.safetensors')
+  for name, value in tensors.items():
+    np.testing.assert_array_equal(written[name], value, err_msg=name)
+  for copy in ('embed_tokens', 'shared_head.head'):
+    assert f'model.layers.2.{copy}.weight' in written
+  with pytest.raises(config_lib.ConfigError, match='set mtp.layout=deepseek'):
+    pretrained.check(path, m, dataclasses.replace(mtp, layout=''))
+
+
 def test_every_tensor_that_does_not_fit_is_in_one_error(tmp_path):
   m, mtp = published.model('mimo')
   tensors = published.weights(m, mtp)

@@ -58,7 +58,8 @@ def weights(m, mtp, seed=0):
   """Return {published name: float32 array}, drawn from the seed."""
   rng = np.random.default_rng(seed)
   out = {}
-  for name, shape in sorted(pretrained.shapes(network(m, mtp)[1], m).items()):
+  for name, shape in sorted(pretrained.shapes(
+      network(m, mtp)[1], m, mtp.layout).items()):
     x = rng.normal(size=shape)
     if len(shape) == 2:
       x = x * (.4 if 'embed' in name else 1.4 / shape[1] ** .5)
