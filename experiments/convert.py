@@ -46,6 +46,17 @@ def _read():
   print(f'see {launch.WORKDIR.value}/checkpoints/warmup/0')
 
 
+def _about(run):
+  """Return what config.json says beside the architecture."""
+  from mtp_rl.run import workdir
+  ends, r = run.task.tokenizer.ends, run.config.rollout
+  return dict(
+      original=workdir.published_config(run.workdir),
+      max_position_embeddings=r.max_prompt + r.max_response,
+      eos_token_id=ends.eos[0] if len(ends.eos) == 1 else list(ends.eos),
+      pad_token_id=ends.pad)
+
+
 def _write():
   """Write published weights from a run's checkpoint."""
   import jax
@@ -57,13 +68,15 @@ def _write():
   run = workdir.reopen(config, launch.WORKDIR.value)
   where = workdir.existing_checkpoints(run, _PHASE.value)
   model = run.config.model
-  pretrained.new_folder(_TARGET.value, model, config.mtp)
+  about = _about(run)
+  pretrained.new_folder(_TARGET.value, model, config.mtp, **about)
   with jax.set_mesh(run.mesh), contextlib.closing(run.task):
     steps = train_step.make(run.config, run.mesh, _PHASE.value)
     saved = checkpoint.Checkpoints(where, config.run.keep)
     with contextlib.closing(saved):
       params = saved.restore(steps.abstract, _STEP.value, params_only=True)
-    pretrained.save(_TARGET.value, params, model, config.mtp, _DTYPE.value)
+    pretrained.save(_TARGET.value, params, model, config.mtp, _DTYPE.value,
+                    **about)
   words = os.path.expanduser(config.task.tokenizer)
   for name in _WORDS if os.path.isdir(words) else ():
     if os.path.exists(os.path.join(words, name)):

@@ -45,6 +45,15 @@ class Model:
   vocab_size: int = 0  # V, rows of the token table; 0: the tokenizer's
   rope_theta: float = 10000.
   rotary: float = 1.  # fraction of a head's channels that RoPE turns
+  rope_type: str = 'default'  # or 'linear', 'llama3', 'yarn': models/rope.py
+  rope_factor: float = 1.  # how many times the context is stretched
+  rope_context: int = 0  # context before that, tokens (llama3, yarn)
+  rope_low: float = 1.  # low_freq_factor (llama3), beta_slow (yarn)
+  rope_high: float = 4.  # high_freq_factor (llama3), beta_fast (yarn)
+  rope_gain: float = 1.  # factor on sines and cosines (yarn)
+  rope_truncate: bool = True  # yarn: its ramp begins and ends at a channel
+  window: int = 0  # tokens that a sliding layer sees, itself included; 0: all
+  window_layers: str = ''  # 's' (sliding) or 'f' (full) a layer; '': all slide
   norm_eps: float = 1e-6
   qkv_bias: bool = False
   qk_norm: bool = False
@@ -59,6 +68,7 @@ class Model:
   expert_ff: int = 0  # inner width of one expert
   shared_experts: int = 0  # experts that every token takes, as one SwiGLU
   dense_layers: int = 0  # first layers that keep the dense SwiGLU
+  router: str = 'sigmoid'  # with a correction bias; or 'softmax', without
   router_groups: int = 1  # groups of experts; a token uses the best of them
   router_top_groups: int = 1  # how many groups a token uses
   router_scale: float = 1.  # factor on the routed experts' weights
@@ -79,6 +89,7 @@ class MTP:
   psi_coef: float = 1.  # psi's own coefficient (unused by 'theta')
   concat: str = 'h_emb'  # or 'emb_h'
   hidden: str = 'post_norm'  # trunk state that depth 1 receives
+  layout: str = ''  # names in files: 'mimo', 'deepseek'; '': the family's own
   fresh: bool = False  # new modules where the pretrained model has none
   detach_hidden: bool = False
   detach_embedding: bool = False

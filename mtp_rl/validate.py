@@ -5,6 +5,7 @@ import math
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io, estimators, regimes, tasks
+from mtp_rl.models import rope
 from mtp_rl.objectives import acceptance, masked
 
 CHOICES = {
@@ -12,6 +13,9 @@ CHOICES = {
     'optim.mu_dtype': ('float32', 'bfloat16'),
     'model.attention': ('auto', 'plain', 'blocks', 'splash', 'cudnn'),
     'model.dtype': ('float32', 'bfloat16'),
+    'model.rope_type': rope.TYPES,
+    'model.router': ('sigmoid', 'softmax'),
+    'mtp.layout': ('', 'mimo', 'deepseek'),
     'mtp.regime': tuple(regimes.REGIMES),
     'mtp.reference': ('main_old', 'mtp_old'),
     'mtp.psi_loss': ('ce', 'policy', 'theta', *acceptance.LOSSES),
@@ -38,7 +42,8 @@ CHOICES = {
 
 _POSITIVE = {
     'model': ('d_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_ff',
-              'rope_theta', 'norm_eps'),
+              'rope_theta', 'rope_factor', 'rope_low', 'rope_high', 'rope_gain',
+              'norm_eps'),
     'rl': ('prompts', 'group', 'minibatches', 'microbatches', 'lr'),
     'warmup': ('batch', 'lr', 'pool', 'pool_steps'),
     'rollout': ('max_prompt', 'max_response'),
@@ -51,7 +56,7 @@ _POSITIVE = {
 }
 _NOT_NEGATIVE = {
     'model': ('head_dim', 'head_chunk', 'vocab_size', 'experts',
-              'shared_experts', 'dense_layers'),
+              'shared_experts', 'dense_layers', 'rope_context', 'window'),
     'mtp': ('modules', 'coef', 'psi_coef'), 'occ': ('guard',),
     'rl': ('steps', 'clip_low', 'clip_high', 'dual_clip', 'kl_coef',
            'tis_cap', 'dynamic_sampling', 'overlong_buffer',
@@ -190,12 +195,33 @@ def _validate_start(config: config_lib.Config):
         'model.pretrained is empty; set it, or mtp.fresh=false')
 
 
+def _validate_attention(m: config_lib.Model):
+  scaled = m.rope_type in ('llama3', 'yarn')
+  _need(not scaled or m.rope_context,
+        f'model.rope_type={m.rope_type} stretches a first context, but '
+        'model.rope_context=0; set it')
+  _need(m.rope_type != 'llama3' or m.rope_low < m.rope_high,
+        f'model.rope_low={m.rope_low} must be below model.rope_high='
+        f'{m.rope_high}')
+  plain = config_lib.Model()
+  for field in rope.FIELDS[1:]:
+    _need(m.rope_type != 'default' or getattr(m, field) == getattr(
+        plain, field), f'model.{field}={getattr(m, field)} stretches RoPE, but '
+          'model.rope_type=default; set model.rope_type')
+  marks = m.window_layers
+  _need(not marks or m.window, f'model.window_layers={marks} needs a window, '
+        'but model.window=0; set model.window')
+  _need(not marks or (len(marks) == m.n_layers and not set(marks) - {*'sf'}),
+        f'model.window_layers={marks!r} must be one letter, s or f, for each '
+        f'of the model.n_layers={m.n_layers} layers')
+
+
 def _validate_experts(m: config_lib.Model):
   if not m.experts:
     plain = config_lib.Model()
     for field in ('experts_per_token', 'expert_ff', 'shared_experts',
                   'dense_layers', 'router_groups', 'router_top_groups',
-                  'router_scale', 'norm_topk'):
+                  'router', 'router_scale', 'norm_topk'):
       _need(getattr(m, field) == getattr(plain, field),
             f'model.{field}={getattr(m, field)} needs experts, but '
             'model.experts=0; set model.experts')
@@ -350,6 +376,7 @@ def validate(config: config_lib.Config):
   _need(channels and channels % 2 == 0, f'RoPE turns {channels} channels of '
         'a head, but needs an even number; change model.head_dim or '
         'model.rotary')
+  _validate_attention(m)
   _validate_experts(m)
   _need(0 < config.rollout.top_p <= 1,
         f'rollout.top_p={config.rollout.top_p} must lie in (0, 1]')

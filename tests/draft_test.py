@@ -44,6 +44,7 @@ MOE = dict(experts=4, experts_per_token=2, expert_ff=16, dense_layers=1)
     conftest.long(dict(modules=2, kind='parallel'), 3, {}, {}, False),
     conftest.long(dict(modules=1, unroll=2, hidden='pre_norm',
                        concat='emb_h'), 2, {}, dict(max_response=150), False),
+    conftest.long(dict(modules=1), 2, dict(window=3), {}, False),
     conftest.long(dict(modules=1), 2, MOE, {}, False)])
 def test_coupled_drafts_change_no_token(mtp, drafts, model, rollout, greedy):
   """Ragged prompts, ends inside drafts, rows that fill the last column."""

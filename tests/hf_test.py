@@ -19,7 +19,10 @@ def _variants(family):
   yield m
   yield dataclasses.replace(m, n_kv_heads=1, rope_theta=77., norm_eps=1e-3,
                             tie_embeddings=not m.tie_embeddings)
-  if m.experts:
+  if m.router == 'softmax':
+    yield dataclasses.replace(m, norm_topk=False, dense_layers=2, n_heads=6,
+                              rope_type='linear', rope_factor=3.)
+  elif m.experts:
     yield dataclasses.replace(
         m, n_heads=6, router_groups=1, router_top_groups=1, norm_topk=False,
         qk_norm=False, qkv_bias=False, rotary=.25, dense_layers=2,
@@ -41,10 +44,16 @@ def test_random_small_models_have_the_logits_of_transformers(family, tmp_path):
     np.testing.assert_allclose(got[published.tokens()[1]], want, atol=1e-4)
 
 
-@pytest.mark.parametrize('family', ['mimo', 'glm4_moe'])
+@pytest.mark.parametrize('family', ['mimo', 'glm4_moe', 'qwen3_moe',
+                                    'deepseek names'])
 def test_modules_have_the_logits_of_transformers(family, tmp_path):
   """Its MtpModel; MiMo's as Qwen2's layer with the hidden state first."""
-  m, mtp = published.model(family)
+  m, mtp = published.model('mimo' if ' ' in family else family, modules=1)
+  if family == 'deepseek names':  # in a dense model
+    mtp = dataclasses.replace(mtp, layout='deepseek', concat='emb_h')
+  if m.router == 'softmax':  # torch's module is like layer 0
+    m = dataclasses.replace(m, dense_layers=0)
+    mtp = dataclasses.replace(mtp, concat='emb_h')
   tensors = published.weights(m, mtp)
   path = published.write(tmp_path / 'hf', m, mtp, tensors)
   net, abstract = published.network(m, mtp)

@@ -41,7 +41,8 @@ def _model(config):
 @pytest.mark.parametrize('sections', [
     {}, dict(model=dict(tie_embeddings=False, qkv_bias=False, qk_norm=False,
                         remat='none', n_kv_heads=4)),
-    dict(model=dict(head_dim=8, n_kv_heads=1, remat='block'))])
+    dict(model=dict(head_dim=8, n_kv_heads=1, remat='block')),
+    dict(model=dict(window=3, window_layers='fs'))])
 def test_cached_decoding_is_the_full_forward(sections):
   config = conftest.tiny_config(**sections)
   net, params = _model(config)

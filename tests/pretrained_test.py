@@ -11,7 +11,7 @@ from safetensors import numpy as safe
 
 from mtp_rl import config as config_lib
 from mtp_rl import sharding, tree
-from mtp_rl.models import presets, pretrained
+from mtp_rl.models import config_keys, presets, pretrained
 from tests import published, reference
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / 'golden' / 'logits.npz')
@@ -94,6 +94,25 @@ def test_changed_modules_are_changed_in_the_export(family, changed, tmp_path):
         written[name], value + name.startswith(changed), err_msg=name)
 
 
+def test_a_dense_model_can_bear_the_names_of_deepseek(tmp_path):
+  m, mtp = published.model('mimo', layout='deepseek', concat='emb_h')
+  tensors = published.weights(m, mtp)
+  assert 'model.layers.2.eh_proj.weight' in tensors
+  values = presets.to_hf(m, mtp)
+  del values['mtp_rl']
+  assert presets.from_hf(values, 'deepseek')[1]['concat'] == 'emb_h'
+  path = published.write(tmp_path / 'in', m, mtp, tensors, mtp_rl=None)
+  params = pretrained.load(path, published.network(m, mtp)[1], m, mtp)
+  pretrained.save(str(tmp_path / 'out'), params, m, mtp)
+  written = safe.load_file(tmp_path / 'out' / 'model.safetensors')
+  for name, value in tensors.items():
+    np.testing.assert_array_equal(written[name], value, err_msg=name)
+  for copy in ('embed_tokens', 'shared_head.head'):
+    assert f'model.layers.2.{copy}.weight' in written
+  with pytest.raises(config_lib.ConfigError, match='set mtp.layout=deepseek'):
+    pretrained.check(path, m, dataclasses.replace(mtp, layout=''))
+
+
 def test_every_tensor_that_does_not_fit_is_in_one_error(tmp_path):
   m, mtp = published.model('mimo')
   tensors = published.weights(m, mtp)
@@ -148,8 +167,14 @@ def test_a_copy_that_differs_is_refused(tmp_path):
 @pytest.mark.parametrize('change, said', [
     (dict(model_type='gpt2'), "model_type='gpt2'"),
     (dict(hidden_act='gelu'), "hidden_act='gelu'"),
-    (dict(rope_scaling={'type': 'yarn'}), 'rope_scaling'),
-    (dict(rope_parameters={'rope_theta': 3.}), 'model.rope_theta'),
+    (dict(rope_scaling={'type': 'longrope'}), 'rope_scaling'),
+    (dict(rope_parameters={'rope_theta': 3.}, rope_theta=None),
+     'model.rope_theta'),
+    (dict(rope_parameters={'rope_theta': 3.}), 'another place'),
+    (dict(rope_scaling={'rope_theta': 3.}), 'another place'),
+    (dict(rope_scaling={'type': 'linear', 'factor': 2.},
+          rope_parameters={'rope_type': 'default'}), 'but rope_parameters'),
+    (dict(scale_depth=1.4), 'does not know'),
     (dict(num_attention_heads=8), r'model.n_heads \(4, 8\)'),
     (dict(intermediate_size='40'), "d_ff the value '40'"),
     (dict(rms_norm_eps=None), 'norm_eps the value None'),
@@ -190,6 +215,59 @@ def test_bfloat16_weights_are_read_exactly(tmp_path):
   for name, value in half.items():
     assert written[name].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(written[name], value, err_msg=name)
+
+
+# Entries of published files: a family's own, and those of any model.
+_EVERY = dict(max_position_embeddings=131072, bos_token_id=1, pad_token_id=0,
+              eos_token_id=[2, 7], initializer_range=.02, use_cache=True,
+              attention_dropout=0., transformers_version='4.40.1',
+              rope_scaling=None, architectures=['X'], torch_dtype='bfloat16')
+
+
+@pytest.mark.parametrize('family, own', [
+    ('llama', dict(pretraining_tp=1, mlp_bias=False, rope_scaling=dict(
+        rope_type='llama3', factor=8., low_freq_factor=1., high_freq_factor=4.,
+        original_max_position_embeddings=8192))),
+    ('qwen2', dict(sliding_window=4096, max_window_layers=28,
+                   use_sliding_window=True, use_mrope=False)),
+    ('qwen3', dict(rope_theta=None, rope_parameters=dict(
+        rope_type='yarn', factor=4., rope_theta=1e4,
+        original_max_position_embeddings=32768))),
+    ('mimo', dict(auto_map={'AutoConfig': 'x.Y'}, sliding_window=32768)),
+    ('glm4_moe', dict(torch_dtype=None, dtype='bfloat16')),
+    ('qwen3_moe', dict(decoder_sparse_step=1, router_aux_loss_coef=.001))])
+def test_config_json_comes_out_as_it_went_in(family, own):
+  m, mtp = published.model(family)
+  values = presets.to_hf(m, mtp) | _EVERY | own
+  values.pop('mtp_rl', None)
+  if values['torch_dtype'] is None:
+    del values['torch_dtype']
+  m, fields = presets.from_hf(values)
+  mtp = dataclasses.replace(mtp, **fields)
+  out = presets.to_hf(m, mtp, values, 'float32')
+  changed = {k for k in out.keys() | values.keys()
+             if out.get(k, ...) != values.get(k, ...)}
+  assert changed == {'dtype' if 'dtype' in values else 'torch_dtype'}
+  assert changed < set(config_keys.MAY_DIFFER)
+  # With other modules no more than the listed keys change.
+  for k in (0, 2):
+    out = presets.to_hf(m, dataclasses.replace(mtp, modules=k), values)
+    assert {n for n in out.keys() | values.keys() if out.get(n, ...) !=
+            values.get(n, ...)} <= set(config_keys.MAY_DIFFER)
+    assert presets.from_hf(out)[1].get('modules', 0) == k
+
+
+def test_a_bfloat16_export_keeps_the_routers_in_float32(tmp_path):
+  m, mtp, tensors, path = _folder('glm4_moe', tmp_path)
+  params = pretrained.load(path, published.network(m, mtp)[1], m, mtp)
+  pretrained.save(str(tmp_path / 'out'), params, m, mtp, dtype='bfloat16')
+  written = safe.load_file(tmp_path / 'out' / 'model.safetensors')
+  for name, value in tensors.items():
+    router = '.mlp.gate.' in name
+    assert (written[name].dtype == np.float32) == router, name
+    if router:
+      np.testing.assert_array_equal(written[name], value)
+  assert sum('e_score_correction_bias' in n for n in written) == 3
 
 
 def test_each_device_reads_its_own_shards(tmp_path):

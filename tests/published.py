@@ -29,6 +29,9 @@ _MODELS = {
         head_dim=8, rotary=.5, experts=8, experts_per_token=3, expert_ff=12,
         shared_experts=2, dense_layers=1, router_groups=4, router_top_groups=2,
         router_scale=1.7), dict(modules=1, concat='emb_h')),
+    'qwen3_moe': (dict(
+        qk_norm=True, head_dim=8, n_layers=3, experts=8, experts_per_token=3,
+        expert_ff=12, dense_layers=1, router='softmax'), {}),
 }
 FAMILIES = tuple(_MODELS)
 TRUNKS = tuple(f for f in FAMILIES if f != 'mimo')  # known to transformers
@@ -55,7 +58,8 @@ def weights(m, mtp, seed=0):
   """Return {published name: float32 array}, drawn from the seed."""
   rng = np.random.default_rng(seed)
   out = {}
-  for name, shape in sorted(pretrained.shapes(network(m, mtp)[1], m).items()):
+  for name, shape in sorted(pretrained.shapes(
+      network(m, mtp)[1], m, mtp.layout).items()):
     x = rng.normal(size=shape)
     if len(shape) == 2:
       x = x * (.4 if 'embed' in name else 1.4 / shape[1] ** .5)

@@ -1,5 +1,6 @@
 """Runs that start from pretrained weights and train the MTP modules alone."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -10,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io, sharding, train_step, trainer, tree, warmup
@@ -166,6 +168,29 @@ def test_a_run_becomes_a_folder_and_the_folder_a_run(whole, tmp_path):
                trained)
   assert '--config' in _convert(f'--workdir={again}', f'--source={out}')
   assert '--source and --target' in _convert(f'--workdir={again}')
+
+
+@pytest.mark.long
+def test_a_folder_becomes_a_run_and_the_same_folder_again(whole, tmp_path):
+  """Tensors and config.json, entries included that nothing here reads."""
+  _, workdir = whole
+  out, run, back = (str(tmp_path / n) for n in ('out', 'run', 'back'))
+  assert not _convert(f'--workdir={workdir}', f'--target={out}')
+  path = pathlib.Path(out) / 'config.json'
+  values = json.loads(path.read_text()) | {
+      'bos_token_id': 3, 'initializer_range': .02, 'rope_scaling': None,
+      'max_position_embeddings': 4096}
+  path.write_text(json.dumps(values))
+  saved = os.path.join(workdir, 'config.json')
+  assert not _convert(f'--workdir={run}', f'--source={out}',
+                      f'--config=configs/from_json.py:{saved}')
+  assert not _convert(f'--workdir={run}', '--phase=warmup', f'--target={back}')
+  assert json.loads((tmp_path / 'back' / 'config.json').read_text()) == values
+  one, two = (safetensors.load_file(f'{d}/model.safetensors')
+              for d in (out, back))
+  assert one.keys() == two.keys()
+  for name, value in one.items():
+    np.testing.assert_array_equal(two[name], value, err_msg=name)
 
 
 def test_pretrained_weights_that_do_not_fit_are_refused_at_once(

@@ -41,10 +41,12 @@ class Rows(NamedTuple):
     keys: int32 [B, U], segment of each key.
     columns: int32 [T], each query's column among the keys; None where T = U
       and query t is in column t.
+    window: int32 [], columns up to its own that a query sees; None: all.
   """
   queries: jax.Array
   keys: jax.Array
   columns: jax.Array | None = None
+  window: jax.Array | None = None
 
 
 class Past(NamedTuple):
@@ -68,7 +70,27 @@ def full(segments):
   return Rows(segments, segments)
 
 
-def resolve(kind, channels, columns, dtype):
+def in_window(rows, m: config_lib.Model, layer, columns):
+  """Return `Rows` with the sliding window of a layer.
+
+  Without an effect on so many columns it is left out, so that the kernels,
+  which have none, can be used.
+
+  Args:
+    rows: `Rows`.
+    m: `config.Model`.
+    layer: int or int32 [].
+    columns: of the keys.
+  """
+  if not 0 < m.window < columns:
+    return rows
+  if 'f' not in m.window_layers:
+    return rows._replace(window=m.window)
+  sizes = [m.window if c == 's' else 2 ** 30 for c in m.window_layers]
+  return rows._replace(window=jnp.asarray(sizes, jnp.int32)[layer])
+
+
+def resolve(kind, channels, columns, dtype, windowed=False):
   """Return the form of attention to use, choosing one for 'auto'.
 
   Args:
@@ -76,11 +98,19 @@ def resolve(kind, channels, columns, dtype):
     channels: C.
     columns: T.
     dtype: of the computation.
+    windowed: whether a sliding window cuts keys off.
 
   Raises:
     config.ConfigError: the kernel asked for does not support the target or
       these sizes.
   """
+  if windowed and kind in ('splash', 'cudnn'):
+    raise config_lib.ConfigError(
+        f'model.attention={kind} has no sliding window, but model.window is '
+        f'shorter than the {columns} columns; set model.attention=auto')
+  if windowed:
+    return kind if kind != 'auto' else (
+        'blocks' if columns > _LONG else 'plain')
   device = jax.sharding.get_abstract_mesh().abstract_device
   platform = device.platform if device else jax.default_backend()
   fits = (platform == 'tpu' and channels % _LANES == 0
@@ -152,6 +182,8 @@ def plain(query, key, value, rows):
   columns = jnp.arange(t) if rows.columns is None else rows.columns
   mask = ((rows.queries[:, :, None] == rows.keys[:, None, :])
           & (jnp.arange(u)[None, :] <= columns[:, None]))
+  if rows.window is not None:
+    mask &= jnp.arange(u)[None, :] > columns[:, None] - rows.window
   return _softmax(query, [(key.swapaxes(1, 2), value.swapaxes(1, 2), mask)])
 
 
@@ -190,7 +222,7 @@ def _softmax(query, parts):
   return y.reshape(b, t, h, c)
 
 
-def with_past(query, key, value, past, layer, here):
+def with_past(query, key, value, past, layer, rows):
   """Attend to the valid columns of the past and to the new tokens up to each.
 
   Only a prefix of the past is read: the shortest of a few sizes that holds the
@@ -201,15 +233,23 @@ def with_past(query, key, value, past, layer, here):
     key, value: [B, W, N, C], theirs.
     past: `Past`.
     layer: int32 [], of the past.
-    here: bool [B, W], new tokens that belong to the row.
+    rows: `Rows` of the new tokens; queries are 0 at those that do not belong.
   """
-  w = query.shape[1]
-  own = here[:, None, :] & (jnp.arange(w) <= jnp.arange(w)[:, None])
+  w, window = query.shape[1], rows.window
+  at = jnp.arange(w)
+  own = (rows.queries > 0)[:, None, :] & (at <= at[:, None])
+  if window is not None:
+    own &= at > at[:, None] - window
+    columns = jnp.arange(past.valid.shape[1])
+    end = jnp.max(jnp.where(past.valid, columns + 1, 0), 1)
+    first = end[:, None] + at - window + 1  # of the past, by new token
   new = key.swapaxes(1, 2), value.swapaxes(1, 2), own
 
   def read(size):
     valid = past.valid[:, None, :size]
     seen = jnp.broadcast_to(valid, (*own.shape[:2], size))
+    if window is not None:
+      seen &= columns[:size] >= first[..., None]
     return lambda: _softmax(query, [
         (past.key[layer, :, :, :size], past.value[layer, :, :, :size], seen),
         new])
@@ -254,7 +294,7 @@ def blocks(query, key, value, rows, block=BLOCK):
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(xs, seen=seen):
       k, v, keys = seen
-      return plain(xs[0], k, v, Rows(xs[1], keys, xs[2]))
+      return plain(xs[0], k, v, Rows(xs[1], keys, xs[2], rows.window))
 
     out.append(jax.lax.map(one, tuple(
         x[first:last] for x in (q, segments, columns))))

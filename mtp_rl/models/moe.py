@@ -1,4 +1,4 @@
-"""The expert layer: a sigmoid router, and experts for the tokens it sends.
+"""The expert layer: a router, and experts for the tokens it sends.
 
     s = sigmoid(x R)                        scores of all E experts, float32
     chosen = top-k of s + b                 b: correction bias, no gradient
@@ -7,7 +7,8 @@
 
 With groups, only the experts of the best groups can be chosen; a group's
 rank is the sum of its two largest s + b. Source: DeepSeek-V3
-(arXiv 2412.19437, equations 12-16), GLM-4.5 (arXiv 2508.06471).
+(arXiv 2412.19437, equations 12-16), GLM-4.5 (arXiv 2508.06471). With
+`model.router` 'softmax' (Qwen3-MoE, arXiv 2505.09388) s = softmax(x R), b = 0.
 
 Copies of the tokens are sorted by expert and multiplied by the stacked matrices
 with `jax.lax.ragged_dot`. Where the backend has a kernel for it, each token
@@ -60,13 +61,14 @@ def route(x, router, bias, m: config_lib.Model):
   Args:
     x: [N, D], tokens.
     router: float32 [D, E].
-    bias: float32 [E], added to choose experts, but not to their weights.
+    bias: float32 [E] or 0, added to choose experts, but not to their weights.
     m: `config.Model`.
 
   Returns:
     int32 [N, k] and float32 [N, k], k = experts_per_token.
   """
-  scores = jax.nn.sigmoid(jnp.matmul(
+  squash = jax.nn.sigmoid if m.router == 'sigmoid' else jax.nn.softmax
+  scores = squash(jnp.matmul(
       x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST))
   choice = jax.lax.stop_gradient(scores + bias)
   if m.router_top_groups < m.router_groups:
@@ -213,12 +215,15 @@ class _Matrices(nn.Module):
 
 
 class _Router(nn.Module):
-  """The router's matrix [D, E] and its correction bias [E]."""
+  """The router's matrix [D, E] and its correction bias [E], or 0."""
   shape: tuple
+  biased: bool = True
 
   @nn.compact
   def __call__(self):
     kernel = self.param('kernel', nn.initializers.lecun_normal(), self.shape)
+    if not self.biased:
+      return kernel, 0.
     bias = self.param('bias', nn.initializers.zeros, self.shape[1:])
     return kernel, jax.lax.stop_gradient(bias)
 
@@ -242,7 +247,8 @@ class Experts(nn.Module):
     m = self.config
     e, d, f = m.experts, m.d_model, m.expert_ff
     flat = x.reshape(-1, d).astype(jnp.dtype(m.dtype))
-    chosen, weights = route(flat, *_Router((d, e), name='router')(), m)
+    router = _Router((d, e), m.router == 'sigmoid', name='router')
+    chosen, weights = route(flat, *router(), m)
     masters = tuple(_Matrices(shape, name=name)() for name, shape in (
         ('gate', (e, d, f)), ('up', (e, d, f)), ('down', (e, f, d))))
     kernels = tuple(w.astype(flat.dtype) for w in masters)

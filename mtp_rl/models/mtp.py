@@ -20,12 +20,22 @@ With `mtp.unroll` one sequential module is every depth: it is applied to its own
 states, K = unroll times (FastMTP, arXiv 2509.18362). K is `config.depths`.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mtp_rl import config as config_lib
 from mtp_rl.models import attention, transformer
+
+
+def without_window(model_config: config_lib.Model):
+  """Return the `config.Model` of the MTP modules.
+
+  Their layers have full attention, also where the trunk's slide.
+  """
+  return dataclasses.replace(model_config, window=0)
 
 
 class MTPModule(nn.Module):
@@ -124,12 +134,7 @@ class Decoder(nn.Module):
     if not m.tie_embeddings:
       self.lm_head = transformer.Linear(m.vocab_size)
     if self.mtp.modules:
-      self.modules = MTPModules(m, self.mtp, name='mtp')
-
-  def _angles(self, positions):
-    return transformer.rope_angles(
-        positions, transformer.rotary_channels(self.model),
-        self.model.rope_theta)
+      self.modules = MTPModules(without_window(m), self.mtp, name='mtp')
 
   def __call__(self, tokens, attending, with_mtp=True):
     """Return the hidden states that the output head reads.
@@ -150,7 +155,8 @@ class Decoder(nn.Module):
 
   def trunk(self, tokens, attending):
     """Return the residual stream [B, T, D] before the final norm."""
-    angles = self._angles(transformer.positions_of(attending))
+    angles = transformer.angles_of(self.model,
+                                   transformer.positions_of(attending))
     return self.blocks(self.embed(tokens), angles,
                        attention.full(attending))[0]
 
@@ -162,7 +168,8 @@ class Decoder(nn.Module):
     """Return h^1 .. h^K, each [B, T, D], from the residual stream."""
     if not self.mtp.modules:
       return ()
-    angles = self._angles(transformer.positions_of(attending))
+    angles = transformer.angles_of(self.model,
+                                   transformer.positions_of(attending))
     below = self.final_norm(x) if self.mtp.hidden == 'post_norm' else x
     embeddings = None if self.mtp.kind == 'parallel' else self.embed(tokens)
     return self.modules(below, embeddings, angles, attention.full(attending))
@@ -180,5 +187,6 @@ class Decoder(nn.Module):
       The residual stream before the final norm [B, W, D], and the tokens'
       keys and values, [L, B, N, W, C] each.
     """
-    return self.blocks(self.embed(tokens), self._angles(positions),
-                       attention.full(here), past, True)
+    angles = transformer.angles_of(self.model, positions)
+    return self.blocks(self.embed(tokens), angles, attention.full(here), past,
+                       True)

@@ -10,14 +10,16 @@ architecture; a config file can take them from here:
 import dataclasses
 
 from mtp_rl import config as config_lib
+from mtp_rl.models import config_keys, rope
 
 # Fields of config.Model and config.MTP that define an architecture; the others
 # say how it is computed.
 MODEL_FIELDS = (
     'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'head_dim', 'd_ff',
-    'vocab_size', 'rope_theta', 'rotary', 'norm_eps', 'qkv_bias', 'qk_norm',
-    'tie_embeddings', 'experts', 'experts_per_token', 'expert_ff',
-    'shared_experts', 'dense_layers', 'router_groups', 'router_top_groups',
+    'vocab_size', 'rope_theta', 'rotary', *rope.FIELDS, 'window',
+    'window_layers', 'norm_eps', 'qkv_bias', 'qk_norm', 'tie_embeddings',
+    'experts', 'experts_per_token', 'expert_ff', 'shared_experts',
+    'dense_layers', 'router', 'router_groups', 'router_top_groups',
     'router_scale', 'norm_topk')
 MTP_FIELDS = ('kind', 'concat', 'hidden')
 
@@ -56,9 +58,13 @@ _EXPERTS = {
     'router_top_groups': 'topk_group', 'router_scale': 'routed_scaling_factor',
     'norm_topk': 'norm_topk_prob', 'qkv_bias': 'attention_bias',
     'qk_norm': 'use_qk_norm'}
+_QWEN_EXPERTS = {
+    'experts': 'num_experts', 'experts_per_token': 'num_experts_per_tok',
+    'expert_ff': 'moe_intermediate_size', 'norm_topk': 'norm_topk_prob'}
 _ARCHITECTURES = {'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
                   'qwen3': 'Qwen3ForCausalLM', 'mimo': 'MiMoForCausalLM',
-                  'glm4_moe': 'Glm4MoeForCausalLM'}
+                  'glm4_moe': 'Glm4MoeForCausalLM',
+                  'qwen3_moe': 'Qwen3MoeForCausalLM'}
 
 
 def model(name):
@@ -89,105 +95,172 @@ def family(model_config: config_lib.Model, modules):
   """
   m = model_config
   if m.experts:
-    return 'glm4_moe'
-  if m.rotary != 1 or (m.qkv_bias and m.qk_norm):
+    kind = 'glm4_moe' if m.router == 'sigmoid' else 'qwen3_moe'
+    plain = (m.qk_norm and not m.qkv_bias and not m.shared_experts
+             and m.router_groups == 1 and m.router_scale == 1 and m.rotary == 1
+             and not m.window_layers)
+    fits = not m.window if kind == 'glm4_moe' else plain
+  else:
+    kind = 'qwen3' if m.qk_norm else (
+        'mimo' if modules else 'qwen2') if m.qkv_bias else 'llama'
+    fits = (m.rotary == 1 and not (m.qkv_bias and m.qk_norm)
+            and not (m.window and kind == 'llama'))
+  if not fits:
     raise config_lib.ConfigError(
-        'no known Hugging Face architecture has experts=0 and rotary < 1, or '
-        'both model.qkv_bias and model.qk_norm; set one of them false')
-  if m.qk_norm:
-    return 'qwen3'
-  return ('mimo' if modules else 'qwen2') if m.qkv_bias else 'llama'
+        'no known Hugging Face architecture has these model.* fields together '
+        '(model.rotary < 1 needs experts, model.window the fields of a Qwen, '
+        'and no dense one has both model.qkv_bias and model.qk_norm); set them '
+        'as a published model has them')
+  return kind
 
 
-def to_hf(model_config: config_lib.Model, mtp: config_lib.MTP):
+def to_hf(model_config: config_lib.Model, mtp: config_lib.MTP, original=None,
+          dtype='float32', **more):
   """Return config.json as a dict; `from_hf` reads it back.
 
   Args:
     model_config: `config.Model` with its vocab_size set.
     mtp: `config.MTP`.
+    original: the config.json that the model was read from; every entry but
+      those of `config_keys.MAY_DIFFER` is kept.
+    dtype: of the tensors.
+    **more: further entries of a new config.json; None leaves one out.
   """
-  m, kind = model_config, family(model_config, mtp.modules)
+  m = model_config
+  if original is not None:
+    found, modules = from_hf(original, mtp.layout)
+    if not differences(m, mtp, found, {}):
+      return _renewed(original, mtp, modules, dtype)
+  kind = family(m, mtp.modules)
   out = {'model_type': kind, 'architectures': [_ARCHITECTURES[kind]],
-         'hidden_act': 'silu', 'torch_dtype': 'float32',
-         'head_dim': m.head_dim or m.d_model // m.n_heads,
-         'rope_theta': m.rope_theta, 'tie_word_embeddings': m.tie_embeddings,
+         'hidden_act': 'silu', 'torch_dtype': dtype,
+         'head_dim': m.head_dim or m.d_model // m.n_heads, **rope.write(m),
+         'tie_word_embeddings': m.tie_embeddings,
          'num_nextn_predict_layers': mtp.modules,
          **{key: getattr(m, field) for field, key in _SAME.items()}}
   if kind == 'glm4_moe':
     out |= {key: getattr(m, field) for field, key in _EXPERTS.items()}
     out['partial_rotary_factor'] = m.rotary
+  if kind == 'qwen3_moe':
+    out |= {key: getattr(m, field) for field, key in _QWEN_EXPERTS.items()}
+    out |= {'mlp_only_layers': list(range(m.dense_layers)),
+            'decoder_sparse_step': 1}
+  if m.window:
+    out |= {'use_sliding_window': True, 'sliding_window': m.window}
+    if kind != 'qwen3_moe':
+      marks = m.window_layers or 's' * m.n_layers
+      out['layer_types'] = [{'s': 'sliding_attention', 'f': 'full_attention'}[c]
+                            for c in marks]
+    if mtp.modules:
+      out['mtp_layer_types'] = ['full_attention'] * mtp.modules
   if mtp.modules:
     out['mtp_rl'] = {field: getattr(mtp, field) for field in MTP_FIELDS}
+  return out | {k: v for k, v in more.items() if v is not None}
+
+
+def _renewed(original, mtp, found, dtype):
+  """Return the original config.json with the dtype and modules of now."""
+  out = dict(original)
+  names = [k for k in ('dtype', 'torch_dtype') if k in out] or ['torch_dtype']
+  out |= dict.fromkeys(names, dtype)
+  fields = {field: getattr(mtp, field) for field in MTP_FIELDS}
+  if mtp.modules != found.get('modules', 0):
+    keys = ('num_nextn_predict_layers', 'num_mtp_layers')
+    out |= dict.fromkeys([k for k in keys if k in out] or keys[:1],
+                         mtp.modules)
+  if mtp.modules and any(found.get(k) != v for k, v in fields.items()):
+    out['mtp_rl'] = fields
   return out
 
 
-def _refuse_unknown(values):
-  """Raise ConfigError if config.json sets what the decoder does not support."""
+def _kind(values):
   kind = values.get('model_type')
   if kind not in _ARCHITECTURES:
     raise config_lib.ConfigError(
         f'config.json has model_type={kind!r}, but only '
         f'{", ".join(_ARCHITECTURES)} can be read')
-  for name in ('rope_parameters', 'rope_scaling', 'mtp_rl'):
-    if not isinstance(values.get(name) or {}, dict):
-      raise config_lib.ConfigError(
-          f'config.json sets {name}={values[name]!r}, which must be an object')
-  rope = values.get('rope_parameters') or values.get('rope_scaling') or {}
-  wrong = {
-      'hidden_act': values.get('hidden_act', 'silu') != 'silu',
-      'rope_scaling': rope.get('rope_type', rope.get('type', 'default'))
-                      != 'default',
-      'use_sliding_window': bool(values.get('use_sliding_window')),
-      'mlp_bias': bool(values.get('mlp_bias')),
-      # Llama's and Qwen3's attention bias is on the output as well.
-      'attention_bias': kind in ('llama', 'qwen3') and bool(
-          values.get('attention_bias'))}
-  for name, bad in wrong.items():
-    if bad:
-      raise config_lib.ConfigError(
-          f'config.json sets {name}={values.get(name, rope)!r}, which the '
-          'decoder does not support; choose another model')
+  return kind
 
 
-def from_hf(values):
+def from_hf(values, layout=''):
   """Return the `config.Model` and MTP fields that a config.json describes.
 
   Args:
     values: the config.json as a dict.
+    layout: that of the MTP modules' names in the file, if it is known.
 
   Raises:
     config.ConfigError: a field is missing, of a wrong type, or set to what the
       decoder does not support.
   """
-  _refuse_unknown(values)
-  kind = values['model_type']
-  rope = {**values, **(values.get('rope_parameters') or {})}
+  kind = _kind(values)
+  config_keys.check(values, kind)
   try:
     fields = {field: values[key] for field, key in _SAME.items()
-              if field != 'n_kv_heads'}
-    fields['n_kv_heads'] = (values.get('num_key_value_heads')
-                            or fields['n_heads'])
-    fields['head_dim'] = (values.get('head_dim')
-                          or fields['d_model'] // fields['n_heads'])
-    fields['rope_theta'] = rope.get('rope_theta', 10000.)
-    if kind == 'glm4_moe':
-      fields |= {field: values[key] for field, key in _EXPERTS.items()}
-      fields['rotary'] = rope.get('partial_rotary_factor', .5)
+              if field != 'n_kv_heads' or kind != 'llama'}
+    if fields.setdefault('n_kv_heads', values.get('num_key_value_heads')
+                         ) is None:
+      fields['n_kv_heads'] = fields['n_heads']
+    if kind == 'qwen3' and 'head_dim' not in values:
+      fields['head_dim'] = 128  # transformers' default
+    else:
+      fields['head_dim'] = (values.get('head_dim')
+                            or fields['d_model'] // fields['n_heads'])
+    table = {'glm4_moe': _EXPERTS, 'qwen3_moe': _QWEN_EXPERTS}.get(kind, {})
+    if table:
+      total = config_keys.first_of(values, table['experts'],
+                                   'num_local_experts')
+      fields |= {field: values[key] for field, key in table.items()
+                 if field != 'experts' or total is None}
+      fields.setdefault('experts', total)
   except KeyError as e:
     raise config_lib.ConfigError(f'config.json has no {e}; add that field'
                                  ) from e
+  except (TypeError, ZeroDivisionError) as e:
+    raise config_lib.ConfigError(
+        f'config.json gives a size that cannot be used ({e}); correct the file'
+        ) from e
+  fields |= {'rotary': .5 if kind == 'glm4_moe' else 1., **rope.read(values)}
+  if kind != 'glm4_moe' and fields['rotary'] != 1:
+    config_keys.refuse('partial_rotary_factor', fields['rotary'])
   fields['tie_embeddings'] = bool(values.get('tie_word_embeddings', False))
   if kind in ('qwen2', 'mimo'):
     fields['qkv_bias'] = True
-  if kind == 'qwen3':
+  if kind in ('qwen3', 'qwen3_moe'):
     fields['qk_norm'] = True
-  modules = values.get('num_nextn_predict_layers') or 0
-  mtp = {}
-  if modules:
-    mtp = {'modules': modules, 'kind': 'sequential', 'hidden': 'post_norm',
-           'concat': 'emb_h' if kind == 'glm4_moe' else 'h_emb',
-           **(values.get('mtp_rl') or {})}
-  for name, value in {**fields, **mtp}.items():
+  _check_types(fields)
+  fields |= config_keys.windows(values, kind, fields['n_layers'])
+  if kind == 'qwen3_moe':
+    fields |= {'router': 'softmax', 'dense_layers': config_keys.dense_prefix(
+        values, fields['n_layers'])}
+  mtp = _modules(values, kind, layout, fields)
+  _check_types(mtp)
+  return config_lib.Model(**fields), mtp
+
+
+def _modules(values, kind, layout, fields):
+  """Return the MTP fields that a config.json describes, {} without modules."""
+  modules = config_keys.first_of(values, 'num_nextn_predict_layers',
+                                 'num_mtp_layers')
+  if not modules:
+    return {}
+  types = values.get('mtp_layer_types')
+  if set(types or ()) - {'full_attention'} or (
+      'window' in fields and types is None):
+    config_keys.refuse('mtp_layer_types', types, 'but the MTP modules of a '
+                       'model with sliding windows must have full attention')
+  deepseek = layout == 'deepseek' or 'experts' in fields
+  first = values.get('mtp_hidden_states_first')
+  concat = 'emb_h' if deepseek and not first else 'h_emb'
+  if first is False:
+    concat = 'emb_h'
+  return {'modules': modules, 'kind': 'sequential', 'hidden': 'post_norm',
+          'concat': concat, **(values.get('mtp_rl') or {})}
+
+
+def _check_types(fields):
+  """Raise ConfigError if a field has a value of another type."""
+  for name, value in fields.items():
     default = getattr(config_lib.Model, name, getattr(config_lib.MTP, name, ''))
     kinds = (int, float) if isinstance(default, float) else type(default)
     if not isinstance(value, kinds) or (
@@ -195,7 +268,6 @@ def from_hf(values):
       raise config_lib.ConfigError(
           f'config.json gives {name} the value {value!r}, which is of another '
           'type; correct the file')
-  return config_lib.Model(**fields), mtp
 
 
 def differences(model_config: config_lib.Model, mtp: config_lib.MTP,

@@ -4,8 +4,10 @@ Reading and writing use one table of the names of each parameter in published
 checkpoints. Tensors are read one at a time, and only those rows and columns
 that this process's devices hold; nothing is unpickled. Names of MTP modules:
 
-    MiMo (and any dense model)   model.mtp_layers.<k-1>.*
-    GLM-4-MoE                    model.layers.<n_layers+k-1>.*
+    'mimo' (any dense model)         model.mtp_layers.<k-1>.*
+    'deepseek' (those with experts)  model.layers.<n_layers+k-1>.*
+
+`mtp.layout` chooses another one than the family's.
 """
 
 import json
@@ -18,7 +20,7 @@ import numpy as np
 
 from mtp_rl import config as config_lib
 from mtp_rl import tree as tree_lib
-from mtp_rl.models import presets, sources
+from mtp_rl.models import config_keys, presets, sources
 
 _LAYER = {
     'attention_norm': 'input_layernorm',
@@ -32,7 +34,7 @@ _MODULES = {
     'mimo': {'hidden_norm': 'hidden_layernorm',
              'embedding_norm': 'token_layernorm', 'proj': 'input_proj',
              'final_norm': 'final_layernorm'},
-    'glm4_moe': {'hidden_norm': 'hnorm', 'embedding_norm': 'enorm',
+    'deepseek': {'hidden_norm': 'hnorm', 'embedding_norm': 'enorm',
                  'proj': 'eh_proj', 'final_norm': 'shared_head.norm'}}
 _TOP = {'embed': 'model.embed_tokens', 'final_norm': 'model.norm',
         'lm_head': 'lm_head'}
@@ -49,18 +51,29 @@ def _in_layer(module, sparse):
   return ('mlp.shared_experts.' if sparse else 'mlp.') + _MLP[module]
 
 
-def _mtp_prefix(depth, m: config_lib.Model):
-  if m.experts:
+def layout(m: config_lib.Model, chosen=''):
+  """Return 'mimo' or 'deepseek': the names of the MTP modules in a file.
+
+  Args:
+    m: `config.Model`.
+    chosen: mtp.layout.
+  """
+  return chosen or ('deepseek' if m.experts else 'mimo')
+
+
+def _mtp_prefix(depth, m: config_lib.Model, chosen):
+  if layout(m, chosen) == 'deepseek':
     return f'model.layers.{m.n_layers + depth - 1}.'
   return f'model.mtp_layers.{depth - 1}.'
 
 
-def names(path, m: config_lib.Model):
+def names(path, m: config_lib.Model, chosen=''):
   """Return the names of one parameter in a published checkpoint.
 
   Args:
     path: '/'-joined path of the parameter.
     m: `config.Model`.
+    chosen: mtp.layout.
 
   Returns:
     array of str, shaped as the parameter's stacked leading dimensions (layers,
@@ -79,8 +92,8 @@ def names(path, m: config_lib.Model):
     prefixes = [f'model.layers.{i}.' for i in layers]
     name = _in_layer('/'.join(module[2:]), sparse)
   elif module[0] == tree_lib.PSI:
-    prefixes = _mtp_prefix(int(module[1].removeprefix('depth_')), m)
-    own = _MODULES['glm4_moe' if m.experts else 'mimo']
+    prefixes = _mtp_prefix(int(module[1].removeprefix('depth_')), m, chosen)
+    own = _MODULES[layout(m, chosen)]
     name = (own[module[2]] if module[2] in own
             else _in_layer('/'.join(module[3:]), sparse))
   else:
@@ -95,49 +108,50 @@ def names(path, m: config_lib.Model):
   return np.asarray(grid, object), kind == 'kernel'
 
 
-def _table(abstract, m: config_lib.Model):
+def _table(abstract, m: config_lib.Model, chosen=''):
   """Return {path: (leaf, names, transposed)} of a tree of parameters."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
-  return {tree_lib.path(keys): (leaf, *names(tree_lib.path(keys), m))
+  return {tree_lib.path(keys): (leaf, *names(tree_lib.path(keys), m, chosen))
           for keys, leaf in leaves}
 
 
-def shapes(abstract, m: config_lib.Model):
+def shapes(abstract, m: config_lib.Model, chosen=''):
   """Return {checkpoint name: shape} of parameters (arrays or abstract)."""
   out = {}
-  for leaf, grid, transposed in _table(abstract, m).values():
+  for leaf, grid, transposed in _table(abstract, m, chosen).values():
     shape = leaf.shape[grid.ndim:]
     out |= dict.fromkeys(grid.flat, shape[::-1] if transposed else shape)
   return out
 
 
-def _copies(m: config_lib.Model, modules):
+def _copies(m: config_lib.Model, modules, chosen=''):
   """Return {name: original} of the tensors that repeat another one."""
   head = 'lm_head' if not m.tie_embeddings else 'model.embed_tokens'
   out = {'lm_head.weight': head + '.weight'} if m.tie_embeddings else {}
-  if m.experts:
+  if layout(m, chosen) == 'deepseek':
     for depth in range(1, modules + 1):
-      prefix = _mtp_prefix(depth, m)
+      prefix = _mtp_prefix(depth, m, chosen)
       out[prefix + 'embed_tokens.weight'] = 'model.embed_tokens.weight'
       out[prefix + 'shared_head.head.weight'] = head + '.weight'
   return out
 
 
-def _left_out(name, m, modules):
+def _left_out(name, m, modules, chosen):
   """Return whether a tensor belongs to a deeper MTP module or is a buffer."""
-  pattern = (r'model\.layers\.(\d+)\.' if m.experts
+  deepseek = layout(m, chosen) == 'deepseek'
+  pattern = (r'model\.layers\.(\d+)\.' if deepseek
              else r'model\.mtp_layers\.(\d+)\.')
   found = re.match(pattern, name)
-  first = m.n_layers if m.experts else 0
+  first = m.n_layers if deepseek else 0
   return name.endswith('rotary_emb.inv_freq') or bool(
       found and int(found[1]) >= first + modules)
 
 
-def _compare(path, wanted, have, m, modules):
+def _compare(path, wanted, have, m, mtp):
   """Raise one ConfigError that lists every tensor that does not fit."""
-  copies = _copies(m, modules)
+  copies = _copies(m, mtp.modules, mtp.layout)
   extra = sorted(n for n in have.keys() - wanted.keys() - copies.keys()
-                 if not _left_out(n, m, modules))
+                 if not _left_out(n, m, mtp.modules, mtp.layout))
   missing = sorted(wanted.keys() - have.keys())
   odd = [f'{n} {tuple(have[n])} for {tuple(wanted[n])}'
          for n in sorted(wanted.keys() & have.keys())
@@ -151,8 +165,8 @@ def _compare(path, wanted, have, m, modules):
         f'{"; ".join(parts)}; set model.* as the checkpoint has it')
 
 
-def _check_copies(path, source, m, modules, rows=4096):
-  for name, original in _copies(m, modules).items():
+def _check_copies(path, source, m, mtp, rows=4096):
+  for name, original in _copies(m, mtp.modules, mtp.layout).items():
     if name not in source.shapes:
       continue
     shape = source.shapes[original]
@@ -183,6 +197,14 @@ def _array(source, leaf, grid, transposed):
       jax.make_array_from_callback(leaf.shape, leaf.sharding, read))
 
 
+def _held_layout(source, m):
+  """Return the layout of a file's MTP modules, '' if it has none."""
+  for name in ('mimo', 'deepseek'):
+    if any(n.startswith(_mtp_prefix(1, m, name)) for n in source.shapes):
+      return name
+  return ''
+
+
 def check(path, model_config: config_lib.Model, mtp: config_lib.MTP):
   """Return the source at a path if its architecture is the config's.
 
@@ -190,8 +212,14 @@ def check(path, model_config: config_lib.Model, mtp: config_lib.MTP):
     config.ConfigError: it cannot be read, or fields differ (each is named).
   """
   source = sources.open_source(path)
+  held = _held_layout(source, model_config)
+  used = layout(model_config, mtp.layout)
+  if mtp.modules and held not in ('', used):
+    raise config_lib.ConfigError(
+        f'{path} names its MTP modules as {held} does, but mtp.layout is '
+        f'{used}; set mtp.layout={held}')
   found = presets.differences(model_config, mtp,
-                              *presets.from_hf(source.config))
+                              *presets.from_hf(source.config, held or used))
   if found:
     raise config_lib.ConfigError(
         f'{path} is of another architecture: (config, file) differ in '
@@ -223,7 +251,7 @@ def load(path, abstract, model_config: config_lib.Model, mtp: config_lib.MTP,
   """
   m, source = model_config, check(path, model_config, mtp)
   new = [k for k in range(1, mtp.modules + 1) if not any(
-      n.startswith(_mtp_prefix(k, m)) for n in source.shapes)]
+      n.startswith(_mtp_prefix(k, m, mtp.layout)) for n in source.shapes)]
   if new and fresh is None:
     raise config_lib.ConfigError(
         f'{path} has no MTP weights for depth {new[0]}; set mtp.fresh=true '
@@ -233,25 +261,26 @@ def load(path, abstract, model_config: config_lib.Model, mtp: config_lib.MTP,
   if new:
     stored[tree_lib.PSI] = {k: v for k, v in abstract[tree_lib.PSI].items()
                             if k not in kept}
-  _compare(path, shapes(stored, m), source.shapes, m, mtp.modules)
-  _check_copies(path, source, m, mtp.modules)
+  _compare(path, shapes(stored, m, mtp.layout), source.shapes, m, mtp)
+  _check_copies(path, source, m, mtp)
   out = jax.tree_util.tree_map_with_path(
-      lambda keys, leaf: _array(source, leaf, *names(tree_lib.path(keys), m)),
+      lambda keys, leaf: _array(
+          source, leaf, *names(tree_lib.path(keys), m, mtp.layout)),
       stored)
   if new:
     out[tree_lib.PSI] |= kept
   return out
 
 
-def tensors(params, model_config: config_lib.Model, modules):
+def tensors(params, model_config: config_lib.Model, mtp: config_lib.MTP):
   """Yield (name, shape, read) of a published checkpoint of the parameters.
 
   Args:
     params: the parameters, arrays that this process can read in full.
     model_config: `config.Model`.
-    modules: K.
+    mtp: `config.MTP`.
   """
-  table = _table(params, model_config)
+  table = _table(params, model_config, mtp.layout)
   for leaf, grid, transposed in table.values():
     shape = leaf.shape[grid.ndim:]
     for place in np.ndindex(grid.shape):
@@ -261,7 +290,8 @@ def tensors(params, model_config: config_lib.Model, modules):
       yield grid[place], shape[::-1] if transposed else shape, read
   originals = {grid[()]: (leaf, transposed) for leaf, grid, transposed in
                table.values() if not grid.ndim}
-  for name, original in _copies(model_config, modules).items():
+  for name, original in _copies(model_config, mtp.modules,
+                                mtp.layout).items():
     if name != 'lm_head.weight':
       leaf, transposed = originals[original]
       yield (name, leaf.shape[::-1] if transposed else leaf.shape,
@@ -269,15 +299,20 @@ def tensors(params, model_config: config_lib.Model, modules):
              else np.asarray(x))
 
 
-def new_folder(folder, model_config: config_lib.Model, mtp: config_lib.MTP):
+def new_folder(folder, model_config: config_lib.Model, mtp: config_lib.MTP,
+               **about):
   """Create a folder for `save` and return its config.json as a dict.
+
+  Args:
+    folder, model_config, mtp: see `save`.
+    **about: see `presets.to_hf`.
 
   Raises:
     config.ConfigError: the folder holds weights or cannot be written, or no
       known architecture fits the model.
   """
   sources.package('safetensors')  # fails before any work
-  values = presets.to_hf(model_config, mtp)
+  values = presets.to_hf(model_config, mtp, **about)
   try:
     os.makedirs(folder, exist_ok=True)
     held = os.listdir(folder)
@@ -292,7 +327,7 @@ def new_folder(folder, model_config: config_lib.Model, mtp: config_lib.MTP):
 
 
 def save(folder, params, model_config: config_lib.Model, mtp: config_lib.MTP,
-         dtype='float32', shard_bytes=2 ** 31):
+         dtype='float32', shard_bytes=2 ** 31, **about):
   """Write a Hugging Face folder: config.json, shards and their index.
 
   Takes host memory for one shard. Works in one process, which must hold all
@@ -303,18 +338,23 @@ def save(folder, params, model_config: config_lib.Model, mtp: config_lib.MTP,
     params: the parameters.
     model_config: `config.Model`, vocab_size set.
     mtp: `config.MTP`.
-    dtype: 'float32' (exact) or 'bfloat16'.
+    dtype: 'float32' (exact) or 'bfloat16'; tensors of `config_keys.FLOAT32`
+      are float32 in either case.
     shard_bytes: most bytes of a file, unless it is one larger tensor.
+    **about: see `presets.to_hf`.
 
   Raises:
     config.ConfigError: see `new_folder`.
   """
   safe = sources.package('safetensors.numpy')
-  values = new_folder(folder, model_config, mtp) | {'torch_dtype': dtype}
-  kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+  values = new_folder(folder, model_config, mtp, dtype=dtype, **about)
+  exact = config_keys.FLOAT32.get(values['model_type'], ())
+  kind = lambda name: np.dtype(
+      np.float32 if name.endswith(exact) and exact
+      else getattr(ml_dtypes, dtype, dtype))
   shards, size = [[]], 0
-  for name, shape, read in tensors(params, model_config, mtp.modules):
-    n = int(np.prod(shape)) * kind.itemsize
+  for name, shape, read in tensors(params, model_config, mtp):
+    n = int(np.prod(shape)) * kind(name).itemsize
     if size + n > shard_bytes and shards[-1]:
       shards.append([])
       size = 0
@@ -324,7 +364,7 @@ def save(folder, params, model_config: config_lib.Model, mtp: config_lib.MTP,
   for i, shard in enumerate(shards, 1):
     file = ('model.safetensors' if len(shards) == 1 else
             f'model-{i:05d}-of-{len(shards):05d}.safetensors')
-    held = {name: np.ascontiguousarray(read().astype(kind))
+    held = {name: np.ascontiguousarray(read().astype(kind(name)))
             for name, read in shard}
     safe.save_file(held, os.path.join(folder, file), {'format': 'pt'})
     where |= dict.fromkeys(held, file)

@@ -95,6 +95,9 @@ _GGUF_CONFIG = {
     'num_attention_heads': 'attention.head_count',
     'intermediate_size': 'feed_forward_length',
     'rms_norm_eps': 'attention.layer_norm_rms_epsilon'}
+_GGUF_IDS = {f'{name}_token_id': f'tokenizer.ggml.{theirs}_token_id'
+             for name, theirs in (('bos', 'bos'), ('eos', 'eos'),
+                                  ('pad', 'padding'))}
 
 
 def _from_gguf(name):
@@ -125,7 +128,7 @@ class Gguf:
     try:
       reader = gguf.GGUFReader(path)
       fields = {k: f.contents() for k, f in reader.fields.items()
-                if not k.startswith('tokenizer.')}
+                if not k.startswith('tokenizer.') or k in _GGUF_IDS.values()}
     except (ValueError, IndexError, OSError) as e:
       raise config_lib.ConfigError(f'{path} is no readable GGUF file ({e})'
                                    ) from e
@@ -160,7 +163,9 @@ class Gguf:
       raise config_lib.ConfigError(
           f'{path} scales or shortens its rotary positions, which is not '
           'supported for GGUF files; choose another file')
-    return values | {
+    beside = {'max_position_embeddings': get('context_length')} | {
+        ours: fields.get(theirs) for ours, theirs in _GGUF_IDS.items()}
+    return values | {k: v for k, v in beside.items() if v is not None} | {
         'model_type': self._kind, 'head_dim': channels,
         'num_key_value_heads': get('attention.head_count_kv', heads),
         'rope_theta': float(get('rope.freq_base', 10000.)),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mtp_rl import config as config_lib
 from mtp_rl import sharding
-from mtp_rl.models import attention, moe
+from mtp_rl.models import attention, moe, rope
 
 
 def _product(x, kernel, out):
@@ -86,17 +86,24 @@ class RMSNorm(nn.Module):
     return (y * scale).astype(x.dtype)
 
 
-def rope_angles(positions, channels, theta):
+def rope_angles(positions, channels, theta, stretched=None):
   """Return cos and sin of the rotary angles, float32 [B, T, 1, C/2] each.
 
   Args:
     positions: int32 [B, T].
     channels: C, channels of a head that RoPE turns; see `rotary_channels`.
     theta: base of the frequencies theta^(-2c / C).
+    stretched: frequencies in their place, and a gain; see `rope.stretched`.
   """
-  frequency = theta ** (-jnp.arange(0, channels, 2, jnp.float32) / channels)
+  if stretched is None:
+    frequency = theta ** (-jnp.arange(0, channels, 2, jnp.float32) / channels)
+    gain = 1.
+  else:
+    frequency, gain = stretched
   angles = positions[..., None, None].astype(jnp.float32) * frequency
-  return jnp.cos(angles), jnp.sin(angles)
+  if gain == 1:
+    return jnp.cos(angles), jnp.sin(angles)
+  return jnp.cos(angles) * gain, jnp.sin(angles) * gain
 
 
 def rotate(x, cos, sin):
@@ -152,11 +159,14 @@ class Attention(nn.Module):
       q = RMSNorm(m.norm_eps, name='query_norm')(q)
       k = RMSNorm(m.norm_eps, name='key_norm')(k)
     q, k = rotate(q, *angles), rotate(k, *angles)
+    rows = attention.in_window(
+        rows, m, layer, x.shape[1] if past is None else past.key.shape[3])
     if past is None:
-      kind = attention.resolve(m.attention, channels, x.shape[1], m.dtype)
+      kind = attention.resolve(m.attention, channels, x.shape[1], m.dtype,
+                               rows.window is not None)
       y = attention.attend(q, k, v, rows, kind)
     else:
-      y = attention.with_past(q, k, v, past, layer, rows.queries > 0)
+      y = attention.with_past(q, k, v, past, layer, rows)
     y = linear(m.d_model, name='out')(y.reshape(*x.shape[:2], -1))
     return y, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
@@ -246,6 +256,13 @@ def head_channels(model_config: config_lib.Model):
 def rotary_channels(model_config: config_lib.Model):
   """Return the channels of one head that RoPE turns."""
   return int(head_channels(model_config) * model_config.rotary)
+
+
+def angles_of(model_config: config_lib.Model, positions):
+  """Return the `rope_angles` of a model at positions, int32 [B, T]."""
+  channels = rotary_channels(model_config)
+  return rope_angles(positions, channels, model_config.rope_theta,
+                     rope.stretched(model_config, channels))
 
 
 def positions_of(segments):

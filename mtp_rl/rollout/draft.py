@@ -53,9 +53,8 @@ def _depth(params, k, below, tokens, rows_positions, here, past,
     past: `attention.Past` of all depths, or None.
     config: `config.Config`.
   """
-  m = config.model
-  angles = transformer.rope_angles(
-      rows_positions, transformer.rotary_channels(m), m.rope_theta)
+  m = mtp.without_window(config.model)
+  angles = transformer.angles_of(m, rows_positions)
   own = {'params': params['mtp'][f'depth_{min(k, config.mtp.modules)}']}
   rows = attention.full(here)
   if config.mtp.kind == 'parallel':

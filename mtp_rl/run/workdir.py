@@ -1,6 +1,7 @@
 """A run and its workdir: everything that is checked before long work starts.
 
 A workdir holds config.json, tokenizer.json, data.json (tasks with data sets),
+published.json (the config.json of pretrained weights),
 warmup.jsonl, metrics.jsonl, samples.jsonl, events/, figures/,
 checkpoints/{warmup,rl}/ and summary.json; experiments/README.md says what each
 is.
@@ -26,6 +27,7 @@ from mtp_rl.models import pretrained
 from mtp_rl.rollout import prompts as prompts_lib
 from mtp_rl.run import checkpoint, metrics
 
+_PUBLISHED = 'published.json'
 # Fields that may change when a workdir is resumed. rl.steps may as well under a
 # constant schedule; under others the learning rate depends on it.
 _MAY_CHANGE = ('eval.every', 'run.checkpoint_every', 'run.keep',
@@ -79,7 +81,7 @@ def setup(config: config_lib.Config, workdir):
       task.tokenizer = _tokenizer_of_warmup(config.warmup.init)
     _check_lengths(config, task)
     run = _run(config, workdir, task, mesh)
-    _check_pretrained(run)
+    published = _check_pretrained(run)
   report = getattr(task, 'report', None)
   data = os.path.join(workdir, 'data.json')
   with distributed.together():
@@ -95,6 +97,8 @@ def setup(config: config_lib.Config, workdir):
   metrics.write_json(path, config_io.to_dict(config))
   metrics.write_json(os.path.join(workdir, 'tokenizer.json'),
                      task.tokenizer.to_dict())
+  if published is not None:
+    metrics.write_json(run.path(_PUBLISHED), published)
   if report is not None:
     metrics.write_json(data, report)
   return run
@@ -161,11 +165,35 @@ def _check_lengths(config: config_lib.Config, task):
 
 
 def _check_pretrained(run):
-  """Raise ConfigError if pretrained weights, still to be read, do not fit."""
+  """Return the config.json of the weights that the run begins with, or None.
+
+  Raises:
+    config.ConfigError: they are still to be read and do not fit.
+  """
   config, where = run.config, run.checkpoints('warmup')
   started = os.path.isdir(where) and os.listdir(where)
   if config.model.pretrained and not started:
-    pretrained.check(config.model.pretrained, config.model, config.mtp)
+    return pretrained.check(config.model.pretrained, config.model,
+                            config.mtp).config
+  return published_config(config.warmup.init) if config.warmup.init else None
+
+
+def published_config(workdir):
+  """Return the config.json of a workdir's pretrained weights, or None.
+
+  Raises:
+    config.ConfigError: the file is damaged.
+  """
+  path = os.path.join(workdir, _PUBLISHED)
+  if not os.path.exists(path):
+    return None
+  try:
+    with open(path, encoding='utf-8') as f:
+      return json.load(f)
+  except (OSError, ValueError) as e:
+    raise config_lib.ConfigError(
+        f'{path} cannot be read ({e}); remove it to write a new config.json '
+        'without the original entries') from e
 
 
 def _same_data(path, report):
