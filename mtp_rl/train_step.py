@@ -60,8 +60,9 @@ def train_step(state, batch, *, config: config_lib.Config, transform, rate):
 
 def _probe(before, after, out, batch, config: config_lib.Config):
   """Measure L eta of the update just made; return the OccState with it."""
-  move = jax.tree.map(jnp.subtract, tree.theta(after.params),
-                      tree.theta(before.params))
+  move = jax.tree.map(
+      jnp.subtract, *(tree.theta(tree.trained(s.params))
+                      for s in (after, before)))
   achieved = gradients.objective(
       {**after.params, **tree.psi(before.params)}, batch,
       config) - out.objective
@@ -73,10 +74,10 @@ def _probe(before, after, out, batch, config: config_lib.Config):
 
 
 def _apply(state, grads, tracked, transform):
-  updates, opt_state = transform.update(grads, state.opt_state, state.params)
-  return types.TrainState(state.step + 1,
-                          optax.apply_updates(state.params, updates),
-                          opt_state, tracked)
+  trained = tree.trained(state.params)
+  updates, opt_state = transform.update(grads, state.opt_state, trained)
+  params = tree.merge(state.params, optax.apply_updates(trained, updates))
+  return types.TrainState(state.step + 1, params, opt_state, tracked)
 
 
 def supervised_step(state, batch, *, config: config_lib.Config, transform,
@@ -95,8 +96,8 @@ def supervised_step(state, batch, *, config: config_lib.Config, transform,
   mtp_mask = logprobs.mtp_mask(batch.valid, columns, config.mtp.modules)
 
   def loss_fn(trained):
-    out = forward.score({**state.params, **trained}, batch, config=config,
-                        acceptance=alone)
+    out = forward.score(tree.merge(state.params, trained), batch,
+                        config=config, acceptance=alone)
     main = masked.mean(-out.main, mask)
     ahead = mtp_loss.cross_entropy(out.mtp, mtp_mask)
     total = main + config.warmup.mtp_coef * jnp.sum(ahead) / max(
@@ -107,9 +108,10 @@ def supervised_step(state, batch, *, config: config_lib.Config, transform,
       metrics |= {f'mtp_{k + 1}/accept_top1': x for k, x in enumerate(agree)}
     return total, metrics | {'warmup/loss': main}
 
-  trained = tree.psi(state.params) if alone else state.params
+  whole = tree.trained(state.params)
+  trained = tree.psi(whole) if alone else whole
   grads, metrics = jax.grad(loss_fn, has_aux=True)(trained)
-  grads = {**jax.tree.map(jnp.zeros_like, state.params), **grads}
+  grads = {**jax.tree.map(jnp.zeros_like, whole), **grads}
   metrics |= {'grad_norm/theta': tree.norm(tree.theta(grads)),
               'grad_norm/psi': tree.norm(tree.psi(grads)),
               'lr': jnp.asarray(rate(state.step), jnp.float32)}
@@ -121,8 +123,8 @@ class Steps(NamedTuple):
 
   Attributes:
     init: function key -> TrainState, created sharded.
-    init_rest: function key -> the same without theta (params has psi alone);
-      for runs that load theta instead of initialising it.
+    init_rest: function key -> the same without theta (params has psi and
+      theta's adapters alone); for runs that load theta.
     update: function (state, batch) -> (state, metrics); state is donated.
     score: function (params, `types.Tokens`) -> LogProbs with entropy and
       acceptance.
@@ -159,13 +161,16 @@ def make(config: config_lib.Config, mesh, phase='rl'):
 
   def init(key):
     params = forward.init(config, key)
-    return types.TrainState(jnp.int32(0), params, transform.init(params),
-                            occ.initial_state(config.mtp.modules,
-                                              config.occ.lambda_plus))
+    return types.TrainState(
+        jnp.int32(0), params, transform.init(tree.trained(params)),
+        occ.initial_state(config.mtp.modules, config.occ.lambda_plus))
+
+  def rest(params):
+    return {**tree.adapters(params), **tree.psi(params)}
 
   def init_rest(key):
     state = init(key)
-    return state._replace(params=tree.psi(state.params))
+    return state._replace(params=rest(state.params))
 
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
@@ -177,7 +182,7 @@ def make(config: config_lib.Config, mesh, phase='rl'):
   return Steps(
       init=jax.jit(init, out_shardings=shardings),
       init_rest=jax.jit(init_rest, out_shardings=shardings._replace(
-          params=tree.psi(shardings.params))),
+          params=rest(shardings.params))),
       update=jax.jit(
           functools.partial(step, config=config, transform=transform,
                             rate=rate),

@@ -7,6 +7,8 @@ from mtp_rl import config_io, estimators, regimes, tasks
 from mtp_rl.models import rope
 from mtp_rl.objectives import masked
 
+# Projections of a block that can have a LoRA adapter.
+TARGETS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
 CHOICES = {
     'model.remat': ('none', 'dots', 'attention', 'block'),
     'optim.mu_dtype': ('float32', 'bfloat16'),
@@ -38,8 +40,9 @@ CHOICES = {
 
 _POSITIVE = {
     'model': ('d_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_ff',
-              'rope_theta', 'rope_factor', 'rope_low', 'rope_high', 'rope_gain',
-              'norm_eps'),
+              'lora_alpha', 'rope_theta', 'rope_factor', 'rope_low',
+              'rope_high', 'rope_gain', 'norm_eps'),
+    'mtp': ('lora_alpha',),
     'rl': ('prompts', 'group', 'minibatches', 'microbatches', 'lr'),
     'warmup': ('batch', 'lr', 'pool', 'pool_steps'),
     'rollout': ('max_prompt', 'max_response'),
@@ -51,8 +54,9 @@ _POSITIVE = {
 }
 _NOT_NEGATIVE = {
     'model': ('head_dim', 'head_chunk', 'vocab_size', 'experts',
-              'shared_experts', 'dense_layers', 'rope_context', 'window'),
-    'mtp': ('modules', 'coef', 'psi_coef'), 'occ': ('guard',),
+              'shared_experts', 'dense_layers', 'rope_context', 'window',
+              'lora_rank'),
+    'mtp': ('lora_rank', 'modules', 'coef', 'psi_coef'), 'occ': ('guard',),
     'rl': ('steps', 'clip_low', 'clip_high', 'dual_clip', 'kl_coef',
            'tis_cap', 'dynamic_sampling', 'overlong_buffer',
            'overlong_penalty'),
@@ -178,6 +182,27 @@ def _validate_attention(m: config_lib.Model):
   _need(not marks or (len(marks) == m.n_layers and not set(marks) - {*'sf'}),
         f'model.window_layers={marks!r} must be one letter, s or f, for each '
         f'of the model.n_layers={m.n_layers} layers')
+
+
+def _validate_adapters(config: config_lib.Config):
+  m, mtp, o = config.model, config.mtp, config.occ
+  for section, c in (('model', m), ('mtp', mtp)):
+    if not c.lora_rank:
+      continue
+    names = c.lora_targets.split(',')
+    wrong = [n for n in names if n not in TARGETS]
+    _need(not wrong, f'{section}.lora_targets={c.lora_targets} names '
+          f'{", ".join(wrong)}; choose from {", ".join(TARGETS)}')
+    # PEFT takes up_proj in a model with experts to mean the routed experts.
+    _need(not m.experts or not set(names) & {'gate', 'up', 'down'},
+          f'{section}.lora_targets={c.lora_targets} names gate, up or down, '
+          'but in a model with experts the attention alone takes adapters; set '
+          f'{section}.lora_targets=query,key,value,out')
+  _need(mtp.modules or not mtp.lora_rank,
+        f'mtp.lora_rank={mtp.lora_rank} needs an MTP module, but mtp.modules=0')
+  _need(not m.lora_rank or (o.scope != 'readout' and o.estimator != 'readout'),
+        f'with model.lora_rank={m.lora_rank} the readout is not trained; set '
+        'occ.estimator and occ.scope to something else than readout')
 
 
 def _validate_experts(m: config_lib.Model):
@@ -340,6 +365,7 @@ def validate(config: config_lib.Config):
   _need(config.rollout.temperature > 0,
         'rollout.temperature=0 makes all samples of a group equal, which '
         'teaches nothing; set it above 0 (evaluation is greedy anyway)')
+  _validate_adapters(config)
   _validate_mtp(config)
   _validate_batch(config)
   _validate_sampling(config)

@@ -24,7 +24,7 @@ FLOORS = (
     ('models.mtp', 'models.pretrained', 'objectives.logprobs',
      'tasks.real_math', 'tasks.arithmetic', 'tasks.path_finding',
      'tasks.reasoning_gym', 'tasks.subset_sum'),
-    ('forward', 'tasks.sums'),
+    ('forward', 'tasks.sums', 'models.lora'),
     ('tasks',),
     ('gradients', 'rollout.sampler'),
     ('regimes', 'rollout.experience', 'evaluation.held_out'),

@@ -100,8 +100,10 @@ class Decoder(nn.Module):
       self.lm_head = transformer.Linear(m.vocab_size)
     if self.mtp.modules:
       # A module's layer has full attention, also where the trunk's slide.
-      self.modules = MTPModules(dataclasses.replace(m, window=0), self.mtp,
-                                name='mtp')
+      own = {f: getattr(self.mtp, f) for f in ('lora_rank', 'lora_alpha',
+                                               'lora_targets')}
+      self.modules = MTPModules(dataclasses.replace(m, window=0, **own),
+                                self.mtp, name='mtp')
 
   def _angles(self, positions):
     return transformer.rope_angles(
