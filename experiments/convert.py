@@ -30,6 +30,9 @@ _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default: the latest.')
 _WORDS = ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model',
           'special_tokens_map.json', 'added_tokens.json', 'vocab.json',
           'merges.txt', 'chat_template.jinja', 'generation_config.json')
+_ADAPTERS = flags.DEFINE_bool(
+    'adapters', False, "Write LoRA adapters alone, in PEFT's format, instead "
+    'of weights with the adapters merged.')
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'],
                            'Dtype of the written tensors; float32 is exact.')
 
@@ -62,21 +65,26 @@ def _write():
   import jax
 
   from mtp_rl import train_step
-  from mtp_rl.models import pretrained
+  from mtp_rl.models import lora, pretrained
   from mtp_rl.run import checkpoint, workdir
   config = config_io.load(os.path.join(launch.WORKDIR.value, 'config.json'))
   run = workdir.reopen(config, launch.WORKDIR.value)
   where = workdir.existing_checkpoints(run, _PHASE.value)
   model = run.config.model
   about = _about(run)
-  pretrained.new_folder(_TARGET.value, model, config.mtp, **about)
+  if not _ADAPTERS.value:
+    pretrained.new_folder(_TARGET.value, model, config.mtp, **about)
   with jax.set_mesh(run.mesh), contextlib.closing(run.task):
     steps = train_step.make(run.config, run.mesh, _PHASE.value)
     saved = checkpoint.Checkpoints(where, config.run.keep)
     with contextlib.closing(saved):
       params = saved.restore(steps.abstract, _STEP.value, params_only=True)
-    pretrained.save(_TARGET.value, params, model, config.mtp, _DTYPE.value,
-                    **about)
+    if _ADAPTERS.value:
+      lora.save(_TARGET.value, params, model, config.mtp)
+      print(f'see {_TARGET.value}')
+      return
+    pretrained.save(_TARGET.value, lora.merged(params, model, config.mtp),
+                    model, config.mtp, _DTYPE.value, **about)
   words = os.path.expanduser(config.task.tokenizer)
   for name in _WORDS if os.path.isdir(words) else ():
     if os.path.exists(os.path.join(words, name)):

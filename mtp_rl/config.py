@@ -62,6 +62,9 @@ class Model:
   attention: str = 'auto'  # form of the computation; see models/attention.py
   remat: str = 'dots'  # what is kept for the backward pass; 'none': all
   head_chunk: int = 16  # columns per slice of the output head; 0: all at once
+  lora_rank: int = 0  # r of the trunk's adapters; 0: its weights are trained
+  lora_alpha: float = 16.  # an adapter's output is scaled by this / r
+  lora_targets: str = 'query,key,value,out,gate,up,down'  # that have adapters
   pretrained: str = ''  # Hugging Face folder or GGUF file to start from
   experts: int = 0  # E routed experts a layer; 0: one dense SwiGLU of d_ff
   experts_per_token: int = 0  # experts that a token is routed to
@@ -91,6 +94,9 @@ class MTP:
   hidden: str = 'post_norm'  # trunk state that depth 1 receives
   layout: str = ''  # names in files: 'mimo', 'deepseek'; '': the family's own
   fresh: bool = False  # new modules where the pretrained model has none
+  lora_rank: int = 0  # the same of the modules' blocks, apart from the trunk
+  lora_alpha: float = 16.
+  lora_targets: str = 'query,key,value,out,gate,up,down'
   detach_hidden: bool = False
   detach_embedding: bool = False
   detach_head: bool = False

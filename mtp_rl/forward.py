@@ -124,7 +124,7 @@ class Boundary(NamedTuple):
 
   Attributes:
     readout: gradient over final norm, output head and embedding (as a tied
-      output head and as the input of the MTP modules).
+      output head and as the input of the MTP modules); {} with adapters.
     trunk: [B, T, D], cotangent of the residual stream.
   """
   readout: Any
@@ -176,7 +176,11 @@ def _stages(config: config_lib.Config, entropy):
 
 
 def _by_stage(params):
-  """Return the parameters of the trunk stage and of the readout stage."""
+  """Return the parameters of the trunk stage and of the readout stage.
+
+  Args:
+    params: the model's parameters, or those that are trained.
+  """
   below = {k: v for k, v in params.items() if k in ('embed', 'blocks')}
   above = {k: v for k, v in tree.theta(params).items() if k != 'blocks'}
   return below, above
@@ -187,22 +191,28 @@ def forward(params, rows: types.Tokens, *, config: config_lib.Config,
   """Return the `Forward` of a minibatch; see `score` for the arguments."""
   trunk, main, ahead = _stages(_for_rows(config, rows), entropy)
   below, above = _by_stage(params)
-  psi = tree.psi(params)
-  x, back = jax.vjp(lambda p: trunk(p, rows), below)
-  (logp, ent), back_main = jax.vjp(lambda p, x: main(p, x, rows), above, x)
+  trained = tree.trained(params)
+  below_t, above_t = _by_stage(trained)
+  x, back = jax.vjp(lambda p: trunk(tree.merge(below, p), rows), below_t)
+  (logp, ent), back_main = jax.vjp(
+      lambda p, x: main(tree.merge(above, p), x, rows), above_t, x)
 
   def pull_trunk(boundary):
     lower, = back(boundary.trunk.astype(x.dtype))
-    both = lower['embed'], boundary.readout['embed']
-    return {**boundary.readout, **lower, 'embed': tree.add(*both)}
+    out = {**boundary.readout, **lower}
+    if 'embed' in out:
+      out['embed'] = tree.add(lower['embed'], boundary.readout['embed'])
+    return out
 
   out = Forward(logp, ent, None,
                 lambda m, e: Boundary(*back_main((m, e if entropy else None))),
                 None, pull_trunk)
   if not with_mtp:
     return out
+  above_psi = {**above, **tree.psi(params)}
   scores, back_mtp = jax.vjp(
-      lambda p, psi, x: ahead({**p, **psi}, x, rows), above, psi, x)
+      lambda p, psi, x: ahead(tree.merge(above_psi, {**p, **psi}), x, rows),
+      above_t, tree.psi(trained), x)
 
   def pull_mtp(d_mtp):
     readout, d_psi, d_trunk = back_mtp(d_mtp)

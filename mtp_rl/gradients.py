@@ -184,7 +184,7 @@ def directional(work, direction):
     work: `Minibatch`.
     direction: a tree like theta.
   """
-  psi, theta = tree.psi(work.params), tree.theta(work.params)
+  theta = tree.theta(tree.trained(work.params))
   n, group = len(work.parts), work.config.rl.group
   config = dataclasses.replace(
       work.config, model=attention.without_kernels(work.config.model))
@@ -200,8 +200,8 @@ def directional(work, direction):
   def add(total, part):
     def value(theta):
       i, rows = part
-      out = forward.score({**theta, **psi}, rows, with_mtp=False,
-                          config=config, entropy=use_entropy)
+      out = forward.score(tree.merge(work.params, theta), rows,
+                          with_mtp=False, config=config, entropy=use_entropy)
       entropy = put(work.entropy, i, out.entropy) if use_entropy else 0.
       return -policy.rl_loss(put(work.main, i, out.main), entropy, work.batch,
                              config.rl, config.rollout.max_response)[0], None
@@ -274,7 +274,7 @@ class Result(NamedTuple):
   """What an update needs.
 
   Attributes:
-    gradient: descent gradient (of the losses), a tree like params.
+    gradient: descent gradient (of the losses), see `tree.trained`.
     occ: the new `types.OccState`.
     metrics: dict of float32 [].
     objective: J at params, float32 [].
@@ -312,7 +312,8 @@ def combine(work, choice):
     theta = tree.total(pull_trunk(work, ends))
 
   if choice.psi_loss == 'frozen':
-    psi = jax.tree.map(jnp.zeros_like, tree.psi(work.params))
+    psi = jax.tree.map(jnp.zeros_like,
+                       tree.psi(tree.trained(work.params)))
   elif choice.psi_loss is None:
     psi = mtp.psi
   elif each is not None and choice.psi_loss == choice.loss:

@@ -31,8 +31,9 @@ def schedule(lr, optim: config_lib.Optim, updates):
 
 def decayed(params):
   """Return a tree of bools: True at matrices, which weight decay acts on."""
+  matrices = ('kernel', 'embedding', *tree.ADAPTER)
   return jax.tree_util.tree_map_with_path(
-      lambda keys, _: tree.path(keys[-1:]) in ('kernel', 'embedding'), params)
+      lambda keys, _: tree.path(keys[-1:]) in matrices, params)
 
 
 def make(optim: config_lib.Optim, rate, train_psi=True, train_theta=True):

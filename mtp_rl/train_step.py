@@ -60,8 +60,9 @@ def train_step(state, batch, *, config: config_lib.Config, transform, rate):
 
 def _probe(before, after, out, batch, config: config_lib.Config):
   """Measure L eta of the update just made; return the OccState with it."""
-  move = jax.tree.map(jnp.subtract, tree.theta(after.params),
-                      tree.theta(before.params))
+  move = jax.tree.map(
+      jnp.subtract, *(tree.theta(tree.trained(s.params))
+                      for s in (after, before)))
   achieved = gradients.objective(
       {**after.params, **tree.psi(before.params)}, batch,
       config) - out.objective
@@ -73,10 +74,11 @@ def _probe(before, after, out, batch, config: config_lib.Config):
 
 
 def _apply(state, grads, tracked, transform):
-  updates, opt_state = transform.update(grads, state.opt_state, state.params)
-  return types.TrainState(state.step + 1,
-                          optax.apply_updates(state.params, updates),
-                          opt_state, tracked, state.skipped)
+  trained = tree.trained(state.params)
+  updates, opt_state = transform.update(grads, state.opt_state, trained)
+  params = tree.merge(state.params, optax.apply_updates(trained, updates))
+  return types.TrainState(state.step + 1, params, opt_state, tracked,
+                          state.skipped)
 
 
 def _unless_bad(before, after, loss, gradient, metrics, limit):
@@ -124,8 +126,9 @@ def supervised_step(state, batch, *, config: config_lib.Config, transform,
   mtp_mask = logprobs.mtp_mask(batch.valid, columns, k)
 
   def loss_fn(trained):
-    out = forward.score({**state.params, **trained}, batch, config=config,
-                        acceptance=alone, divergence=w.mtp_loss != 'ce')
+    out = forward.score(tree.merge(state.params, trained), batch,
+                        config=config, acceptance=alone,
+                        divergence=w.mtp_loss != 'ce')
     main = masked.mean(-out.main, mask)
     ahead = mtp_loss.supervised_losses(
         mtp_loss.Scores(out.mtp, out.kl, out.overlap), mtp_mask, w.mtp_loss)
@@ -137,9 +140,10 @@ def supervised_step(state, batch, *, config: config_lib.Config, transform,
     return total, metrics | {'warmup/loss': main}
 
   lr = jnp.asarray(rate(state.step), jnp.float32)
-  trained = tree.psi(state.params) if alone else state.params
+  whole = tree.trained(state.params)
+  trained = tree.psi(whole) if alone else whole
   (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-  grads = {**jax.tree.map(jnp.zeros_like, state.params), **grads}
+  grads = {**jax.tree.map(jnp.zeros_like, whole), **grads}
   return _unless_bad(state, _apply(state, grads, state.occ, transform), loss,
                      grads, metrics | {'lr': lr}, config.run.max_skipped)
 
@@ -149,8 +153,8 @@ class Steps(NamedTuple):
 
   Attributes:
     init: function key -> TrainState, created sharded.
-    init_rest: function key -> the same without theta (params has psi alone);
-      for runs that load theta instead of initialising it.
+    init_rest: function key -> the same without theta (params has psi and
+      theta's adapters alone); for runs that load theta.
     update: function (state, batch) -> (state, metrics); state is donated.
     score: function (params, `types.Tokens`) -> LogProbs with entropy and
       acceptance.
@@ -187,14 +191,18 @@ def make(config: config_lib.Config, mesh, phase='rl'):
 
   def init(key):
     params = forward.init(config, key)
-    return types.TrainState(jnp.int32(0), params, transform.init(params),
-                            occ.initial_state(config_lib.depths(config.mtp),
-                                              config.occ.lambda_plus),
-                            types.Skipped(jnp.int32(0), jnp.int32(0)))
+    return types.TrainState(
+        jnp.int32(0), params, transform.init(tree.trained(params)),
+        occ.initial_state(config_lib.depths(config.mtp),
+                          config.occ.lambda_plus),
+        types.Skipped(jnp.int32(0), jnp.int32(0)))
+
+  def rest(params):
+    return {**tree.adapters(params), **tree.psi(params)}
 
   def init_rest(key):
     state = init(key)
-    return state._replace(params=tree.psi(state.params))
+    return state._replace(params=rest(state.params))
 
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
@@ -206,7 +214,7 @@ def make(config: config_lib.Config, mesh, phase='rl'):
   return Steps(
       init=jax.jit(init, out_shardings=shardings),
       init_rest=jax.jit(init_rest, out_shardings=shardings._replace(
-          params=tree.psi(shardings.params))),
+          params=rest(shardings.params))),
       update=jax.jit(
           functools.partial(step, config=config, transform=transform,
                             rate=rate),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 PSI = 'mtp'
+ADAPTER = ('lora_a', 'lora_b')  # leaves of a LoRA adapter, beside its kernel
 
 
 def path(keys):
@@ -93,6 +94,41 @@ def theta(params):
 def psi(params):
   """Return psi: the MTP modules' own parameters ({} where K = 0)."""
   return {k: v for k, v in params.items() if k == PSI}
+
+
+def _pick(node, keep):
+  """Return the part of nested dicts whose leaves' names satisfy `keep`."""
+  out = {k: _pick(v, keep) if isinstance(v, dict) else v
+         for k, v in node.items() if isinstance(v, dict) or keep(k)}
+  return {k: v for k, v in out.items() if not isinstance(v, dict) or v}
+
+
+def adapters(params):
+  """Return the adapters alone, {} where there are none."""
+  return _pick(params, lambda name: name in ADAPTER)
+
+
+def without_adapters(params):
+  """Return the parameters but for the adapters."""
+  return _pick(params, lambda name: name not in ADAPTER)
+
+
+def trained(params):
+  """Return what is trained: of theta and of psi, the adapters if it has any.
+
+  Gradients, their inner products and the optimiser's state are trees like
+  this one.
+  """
+  parts = theta(params), psi(params)
+  return {k: v for part in parts for k, v in (adapters(part) or part).items()}
+
+
+def merge(params, part):
+  """Return params with the leaves of `part` in place of theirs, or added."""
+  if not isinstance(part, dict):
+    return part
+  return {**params, **{k: merge(params.get(k, {}), v)
+                       for k, v in part.items()}}
 
 
 def labels(params):

@@ -5,9 +5,11 @@ import math
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io, estimators, regimes, tasks
-from mtp_rl.models import rope
+from mtp_rl.models import rope, settings
 from mtp_rl.objectives import acceptance, masked
 
+# Projections of a block that can have a LoRA adapter.
+TARGETS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
 CHOICES = {
     'model.remat': ('none', 'dots', 'attention', 'block'),
     'optim.mu_dtype': ('float32', 'bfloat16'),
@@ -42,12 +44,12 @@ CHOICES = {
 
 _POSITIVE = {
     'model': ('d_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_ff',
-              'rope_theta', 'rope_factor', 'rope_low', 'rope_high', 'rope_gain',
-              'norm_eps'),
+              'lora_alpha', 'rope_theta', 'rope_factor', 'rope_low',
+              'rope_high', 'rope_gain', 'norm_eps'),
     'rl': ('prompts', 'group', 'minibatches', 'microbatches', 'lr'),
     'warmup': ('batch', 'lr', 'pool', 'pool_steps'),
     'rollout': ('max_prompt', 'max_response'),
-    'mtp': ('unroll',),
+    'mtp': ('unroll', 'lora_alpha'),
     'occ': ('probe_every', 'disjoint_parts'),
     'eval': ('every', 'samples', 'batch'),
     'mesh': ('data', 'fsdp', 'tensor', 'expert'),
@@ -56,8 +58,9 @@ _POSITIVE = {
 }
 _NOT_NEGATIVE = {
     'model': ('head_dim', 'head_chunk', 'vocab_size', 'experts',
-              'shared_experts', 'dense_layers', 'rope_context', 'window'),
-    'mtp': ('modules', 'coef', 'psi_coef'), 'occ': ('guard',),
+              'shared_experts', 'dense_layers', 'rope_context', 'window',
+              'lora_rank'),
+    'mtp': ('lora_rank', 'modules', 'coef', 'psi_coef'), 'occ': ('guard',),
     'rl': ('steps', 'clip_low', 'clip_high', 'dual_clip', 'kl_coef',
            'tis_cap', 'dynamic_sampling', 'overlong_buffer',
            'overlong_penalty'),
@@ -69,15 +72,12 @@ _NOT_NEGATIVE = {
 }
 
 
+_need = settings.need
+
 # Values that have another name today.
 _RENAMED_VALUES = {
     ('mtp.psi_loss', 'joint'): 'theta', ('occ.solver', 'joint'): 'gram',
     ('occ.solver', 'per_head'): 'per_module'}
-
-
-def _need(condition, message):
-  if not condition:
-    raise config_lib.ConfigError(message)
 
 
 def _need_fields(config):
@@ -195,56 +195,25 @@ def _validate_start(config: config_lib.Config):
         'model.pretrained is empty; set it, or mtp.fresh=false')
 
 
-def _validate_attention(m: config_lib.Model):
-  scaled = m.rope_type in ('llama3', 'yarn')
-  _need(not scaled or m.rope_context,
-        f'model.rope_type={m.rope_type} stretches a first context, but '
-        'model.rope_context=0; set it')
-  _need(m.rope_type != 'llama3' or m.rope_low < m.rope_high,
-        f'model.rope_low={m.rope_low} must be below model.rope_high='
-        f'{m.rope_high}')
-  plain = config_lib.Model()
-  for field in rope.FIELDS[1:]:
-    _need(m.rope_type != 'default' or getattr(m, field) == getattr(
-        plain, field), f'model.{field}={getattr(m, field)} stretches RoPE, but '
-          'model.rope_type=default; set model.rope_type')
-  marks = m.window_layers
-  _need(not marks or m.window, f'model.window_layers={marks} needs a window, '
-        'but model.window=0; set model.window')
-  _need(not marks or (len(marks) == m.n_layers and not set(marks) - {*'sf'}),
-        f'model.window_layers={marks!r} must be one letter, s or f, for each '
-        f'of the model.n_layers={m.n_layers} layers')
-
-
-def _validate_experts(m: config_lib.Model):
-  if not m.experts:
-    plain = config_lib.Model()
-    for field in ('experts_per_token', 'expert_ff', 'shared_experts',
-                  'dense_layers', 'router_groups', 'router_top_groups',
-                  'router', 'router_scale', 'norm_topk'):
-      _need(getattr(m, field) == getattr(plain, field),
-            f'model.{field}={getattr(m, field)} needs experts, but '
-            'model.experts=0; set model.experts')
-    return
-  _need(1 <= m.experts_per_token <= m.experts,
-        f'model.experts_per_token={m.experts_per_token} must lie between 1 and '
-        f'model.experts={m.experts}')
-  _need(m.expert_ff > 0, f'model.expert_ff={m.expert_ff} must be positive')
-  _need(m.dense_layers < m.n_layers,
-        f'model.dense_layers={m.dense_layers} leaves none of the model.n_layers'
-        f'={m.n_layers} layers to the experts; set model.experts=0')
-  groups, top = m.router_groups, m.router_top_groups
-  _need(groups > 0 and m.experts % groups == 0,
-        f'model.experts={m.experts} does not split into model.router_groups='
-        f'{groups}; make it a multiple')
-  _need(1 <= top <= groups, f'model.router_top_groups={top} must lie between 1 '
-        f'and model.router_groups={groups}')
-  size = m.experts // groups
-  _need(top == groups or size >= 2, f'model.router_groups={groups} leaves '
-        f'{size} expert in each, but ranking a group takes two; set fewer')
-  _need(top * size >= m.experts_per_token,
-        f'model.router_top_groups={top} leaves {top * size} experts to choose '
-        f'model.experts_per_token={m.experts_per_token} from; set it higher')
+def _validate_adapters(config: config_lib.Config):
+  m, mtp, o = config.model, config.mtp, config.occ
+  for section, c in (('model', m), ('mtp', mtp)):
+    if not c.lora_rank:
+      continue
+    names = c.lora_targets.split(',')
+    wrong = [n for n in names if n not in TARGETS]
+    _need(not wrong, f'{section}.lora_targets={c.lora_targets} names '
+          f'{", ".join(wrong)}; choose from {", ".join(TARGETS)}')
+    # PEFT takes up_proj in a model with experts to mean the routed experts.
+    _need(not m.experts or not set(names) & {'gate', 'up', 'down'},
+          f'{section}.lora_targets={c.lora_targets} names gate, up or down, '
+          'but in a model with experts the attention alone takes adapters; set '
+          f'{section}.lora_targets=query,key,value,out')
+  _need(mtp.modules or not mtp.lora_rank,
+        f'mtp.lora_rank={mtp.lora_rank} needs an MTP module, but mtp.modules=0')
+  _need(not m.lora_rank or (o.scope != 'readout' and o.estimator != 'readout'),
+        f'with model.lora_rank={m.lora_rank} the readout is not trained; set '
+        'occ.estimator and occ.scope to something else than readout')
 
 
 def _validate_sampling(config: config_lib.Config):
@@ -364,25 +333,13 @@ def validate(config: config_lib.Config):
           f'{", ".join(choices)}')
   _need_signs(config, _POSITIVE, lambda x: x > 0, 'must be positive')
   _need_signs(config, _NOT_NEGATIVE, lambda x: x >= 0, 'must not be negative')
-  m = config.model
-  _need(m.n_heads % m.n_kv_heads == 0,
-        f'model.n_heads={m.n_heads} is no multiple of model.n_kv_heads='
-        f'{m.n_kv_heads}')
-  _need(m.head_dim or m.d_model % m.n_heads == 0,
-        f'model.d_model={m.d_model} is no multiple of model.n_heads='
-        f'{m.n_heads}; set model.head_dim')
-  _need(0 < m.rotary <= 1, f'model.rotary={m.rotary} must lie in (0, 1]')
-  channels = int((m.head_dim or m.d_model // m.n_heads) * m.rotary)
-  _need(channels and channels % 2 == 0, f'RoPE turns {channels} channels of '
-        'a head, but needs an even number; change model.head_dim or '
-        'model.rotary')
-  _validate_attention(m)
-  _validate_experts(m)
+  settings.check(config.model)
   _need(0 < config.rollout.top_p <= 1,
         f'rollout.top_p={config.rollout.top_p} must lie in (0, 1]')
   _need(config.rollout.temperature > 0,
         'rollout.temperature=0 makes all samples of a group equal, which '
         'teaches nothing; set it above 0 (evaluation is greedy anyway)')
+  _validate_adapters(config)
   _validate_mtp(config)
   _validate_batch(config)
   _validate_sampling(config)

@@ -9,7 +9,7 @@ import contextlib
 import jax
 import numpy as np
 
-from mtp_rl import distributed, prng, sharding, train_step
+from mtp_rl import distributed, prng, sharding, train_step, tree
 from mtp_rl.models import pretrained
 from mtp_rl.rollout import layout, sampler
 from mtp_rl.rollout import prompts as prompts_lib
@@ -23,10 +23,11 @@ def _first_state(run, steps):
   if not config.model.pretrained:
     return steps.init(key)
   state = steps.init_rest(key)
-  fresh = state.params.get('mtp') if config.mtp.fresh else None
-  return state._replace(params=pretrained.load(
-      config.model.pretrained, steps.abstract.params, config.model, config.mtp,
-      fresh))
+  modules = tree.without_adapters(state.params).get(tree.PSI)
+  params = pretrained.load(
+      config.model.pretrained, tree.without_adapters(steps.abstract.params),
+      config.model, config.mtp, modules if config.mtp.fresh else None)
+  return state._replace(params=tree.merge(params, tree.adapters(state.params)))
 
 
 def _solutions(run, step):
@@ -143,7 +144,7 @@ def _loop(run, steps, state, draw, start, saved, stopped):
   rows = sharding.batch_sharding(run.mesh)
   refuse_diverged = lambda step, values: endings.refuse_diverged(
       run.config, int(values['skipped_in_a_row']), 'warmup', step,
-      saved.latest_path())
+      saved.latest_path(), step == w.steps)
   with contextlib.closing(writer), metrics.progress(
       run.config, w.steps, start, 'warm-up') as bar:
     for step in range(start + 1, w.steps + 1):

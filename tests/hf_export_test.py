@@ -3,10 +3,12 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from mtp_rl.models import config_keys, pretrained
+from mtp_rl import tree
+from mtp_rl.models import config_keys, lora, pretrained
 from tests import published
 
 torch = pytest.importorskip('torch')
@@ -63,3 +65,37 @@ def test_a_config_json_that_transformers_wrote_is_kept(family, tmp_path):
   out = published.presets.to_hf(found, mtp, written, 'float32')
   assert {k for k in out.keys() | written.keys() if out.get(k, ...) !=
           written.get(k, ...)} <= set(config_keys.MAY_DIFFER)
+
+
+@pytest.mark.parametrize('family', ['qwen2', 'qwen3', 'glm4_moe'])
+def test_peft_loads_adapters_with_the_same_logits(family, tmp_path):
+  peft = pytest.importorskip('peft')
+  m, mtp = published.model(family, modules=0)
+  path = published.write(tmp_path / 'in', m, mtp, published.weights(m, mtp))
+  base = pretrained.load(path, published.network(m, mtp)[1], m, mtp)
+  pretrained.save(str(tmp_path / 'base'), base, m, mtp)
+  wide = dataclasses.replace(m, lora_rank=3, lora_alpha=8.)
+  if m.experts:
+    wide = dataclasses.replace(wide, lora_targets='query,value,out')
+  net, abstract = published.network(wide, mtp)
+  rng = np.random.default_rng(4)
+  params = tree.merge(base, jax.tree.map(
+      lambda x: .4 * rng.normal(size=x.shape).astype(np.float32),
+      tree.adapters(abstract)))
+  lora.save(str(tmp_path / 'adapter'), params, wide, mtp)
+  model = peft.PeftModel.from_pretrained(
+      transformers.AutoModelForCausalLM.from_pretrained(
+          tmp_path / 'base', dtype=torch.float32), str(tmp_path / 'adapter'))
+  loaded = peft.get_peft_model_state_dict(model)
+  assert loaded.keys() == lora._tensors(tree.adapters(params), wide,
+                                        mtp).keys()
+  merged, = published.logits(published.network(m, mtp)[0],
+                             lora.merged(params, wide, mtp))
+  got, = published.logits(net, params)
+  tokens, valid = published.tokens()
+  with torch.no_grad():
+    for row in range(len(tokens)):
+      keep = np.flatnonzero(valid[row])
+      want = model(torch.from_numpy(tokens[row:row + 1, keep]).long()).logits
+      np.testing.assert_allclose(got[row, keep], want[0], atol=1e-4)
+      np.testing.assert_allclose(merged[row, keep], want[0], atol=1e-4)

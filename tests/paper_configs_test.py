@@ -7,10 +7,16 @@ import jax
 import pytest
 
 from configs import glm_4_5_air_dapo, mimo_7b_dapo, mimo_7b_gspo, smollm2_135m
+from mtp_rl import config as config_lib
 from mtp_rl import regimes, sharding, train_step, tree, validate
+from mtp_rl.models import rope
 
+# No stretched RoPE, no sliding window, no adapters.
+PLAIN = {f'model.{f}': getattr(config_lib.Model(), f)
+         for f in ('rope_type', *rope.FIELDS[1:], 'window', 'window_layers',
+                   'lora_rank')} | {'mtp.lora_rank': 0}
 # What every one of the paper's runs has, by its authors' script.
-COMMON = {
+COMMON = PLAIN | {
     'rl.steps': 200, 'rl.prompts': 128, 'rl.group': 16, 'rl.minibatches': 4,
     'rl.lr': 1e-6, 'rl.advantage': 'grpo', 'rl.kl_coef': 0.,
     'rl.entropy_coef': 0., 'rl.overlong_buffer': 4096,
@@ -50,14 +56,16 @@ GLM = {'model.n_layers': 46, 'model.n_heads': 96, 'model.n_kv_heads': 8,
        'model.tie_embeddings': False, 'model.expert_ff': 1408,
        'model.dense_layers': 1, 'model.router_groups': 1,
        'model.router_top_groups': 1, 'model.router_scale': 1.,
-       'model.norm_topk': True}
+       'model.norm_topk': True, 'model.router': 'sigmoid'}
 # How it is computed, or not read by these configs: ours to choose.
 OURS = {'rl.pack', 'model.dtype', 'model.remat', 'model.attention',
         'optim.mu_dtype', 'rollout.tensor', 'rollout.expert',
         'rollout.draft', 'rollout.verify', 'rollout.draft_rows',
         'model.head_chunk', 'model.pretrained', 'rl.microbatches', 'rl.kl_kind',
         'mtp.coef', 'mtp.psi_coef', 'mtp.theta_loss', 'mtp.unroll',
-        'occ.disjoint_parts', 'occ.probe_every', 'occ.eta'}
+        'occ.disjoint_parts', 'occ.probe_every', 'occ.eta', 'mtp.layout',
+        'mtp.lora_alpha', 'mtp.lora_targets', 'model.lora_alpha',
+        'model.lora_targets'}
 
 
 def _count(leaves):

@@ -142,9 +142,9 @@ def curves(ahead, lams):
 def _step_size(g_rl, state, transform):
   """Return eta, ||update of theta by g_RL alone|| / ||g_RL||."""
   down = jax.tree.map(jnp.negative, g_rl)
-  still = jax.tree.map(jnp.zeros_like, tree.psi(state.params))
-  updates, _ = transform.update({**down, **still}, state.opt_state,
-                                state.params)
+  trained = tree.trained(state.params)
+  still = jax.tree.map(jnp.zeros_like, tree.psi(trained))
+  updates, _ = transform.update({**down, **still}, state.opt_state, trained)
   length = tree.norm(g_rl)
   return jnp.where(length > 0, tree.norm(tree.theta(updates))
                    / jnp.where(length > 0, length, 1.), 0.)
@@ -169,8 +169,9 @@ def measure(state, first, batch, held_out, *, config: config_lib.Config,
                                      transform=transform)
   o, modules = config.occ, config_lib.depths(config.mtp)
   work = gradients.score(state.params, batch, config)
-  theta, psi = tree.theta(state.params), tree.psi(state.params)
-  value = lambda t, rows: gradients.objective({**t, **psi}, rows, config)
+  theta = tree.theta(tree.trained(state.params))
+  value = lambda t, rows: gradients.objective(tree.merge(state.params, t), rows,
+                                              config)
   each = gradients.pull_each(work, config.mtp.theta_loss)
   seen = gradients.evidence(work, each, ('readout', 'gradients', 'parts',
                                          'hessian'))

@@ -30,12 +30,15 @@ from mtp_rl import config as config_lib
 from mtp_rl.models import attention, transformer
 
 
-def without_window(model_config: config_lib.Model):
-  """Return the `config.Model` of the MTP modules.
+def module_config(model_config: config_lib.Model, mtp: config_lib.MTP):
+  """Return the `config.Model` of the MTP modules' blocks.
 
-  Their layers have full attention, also where the trunk's slide.
+  They have full attention, also where the trunk's layers slide, and adapters
+  of their own.
   """
-  return dataclasses.replace(model_config, window=0)
+  return dataclasses.replace(
+      model_config, window=0, lora_rank=mtp.lora_rank,
+      lora_alpha=mtp.lora_alpha, lora_targets=mtp.lora_targets)
 
 
 class MTPModule(nn.Module):
@@ -134,7 +137,8 @@ class Decoder(nn.Module):
     if not m.tie_embeddings:
       self.lm_head = transformer.Linear(m.vocab_size)
     if self.mtp.modules:
-      self.modules = MTPModules(without_window(m), self.mtp, name='mtp')
+      self.modules = MTPModules(module_config(m, self.mtp), self.mtp,
+                                name='mtp')
 
   def __call__(self, tokens, attending, with_mtp=True):
     """Return the hidden states that the output head reads.

@@ -106,6 +106,9 @@ def _gain(source, factor):
 
 def _one(name, source, values):
   """Return the fields that one object of config.json describes."""
+  for place in (source, values):
+    if place.get('partial_rotary_factor', 1.) is None:
+      _refuse('partial_rotary_factor', None, 'which must be a number')
   source = {k: v for k, v in source.items() if v is not None}
   kind = source.get('rope_type', source.get('type', 'default'))
   if source.get('type', kind) != kind:

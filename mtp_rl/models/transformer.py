@@ -62,16 +62,38 @@ class Linear(nn.Module):
   features: int
   use_bias: bool = False
   dtype: jnp.dtype = jnp.float32
+  rank: int = 0  # of a LoRA adapter; see models/lora.py
+  gain: float = 1.
 
   @nn.compact
   def __call__(self, x):
-    kernel = self.param('kernel', nn.initializers.lecun_normal(),
-                        (x.shape[-1], self.features))
-    y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel)
+    init = nn.initializers.lecun_normal()
+    kernel = self.param('kernel', init, (x.shape[-1], self.features))
+    flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+    y = matmul(flat, kernel)
+    if self.rank:
+      a = self.param('lora_a', init, (x.shape[-1], self.rank))
+      b = self.param('lora_b', nn.initializers.zeros,
+                     (self.rank, self.features))
+      y = y + matmul(matmul(flat, a), b) * jnp.asarray(self.gain, self.dtype)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)
     return y.reshape(*x.shape[:-1], self.features)
+
+
+def projection(m: config_lib.Model, features, name, use_bias=False):
+  """Return a block's `Linear` of that name, with an adapter if it is to have.
+
+  Args:
+    m: `config.Model`.
+    features: its outputs.
+    name: as in model.lora_targets.
+    use_bias: whether it has a bias.
+  """
+  rank = m.lora_rank if name in m.lora_targets.split(',') else 0
+  gain = m.lora_alpha / rank if rank else 1.
+  return Linear(features, use_bias, jnp.dtype(m.dtype), rank, gain, name=name)
 
 
 class RMSNorm(nn.Module):
@@ -147,13 +169,12 @@ class Attention(nn.Module):
   def __call__(self, x, layer, angles, rows, past):
     m = self.config
     channels = head_channels(m)
-    linear = functools.partial(Linear, dtype=jnp.dtype(m.dtype))
+    linear = functools.partial(projection, m)
     split = lambda y, n: y.reshape(*y.shape[:2], n, channels)
-    q = split(linear(m.n_heads * channels, m.qkv_bias, name='query')(x),
-              m.n_heads)
-    k = split(linear(m.n_kv_heads * channels, m.qkv_bias, name='key')(x),
+    q = split(linear(m.n_heads * channels, 'query', m.qkv_bias)(x), m.n_heads)
+    k = split(linear(m.n_kv_heads * channels, 'key', m.qkv_bias)(x),
               m.n_kv_heads)
-    v = split(linear(m.n_kv_heads * channels, m.qkv_bias, name='value')(x),
+    v = split(linear(m.n_kv_heads * channels, 'value', m.qkv_bias)(x),
               m.n_kv_heads)
     if m.qk_norm:
       q = RMSNorm(m.norm_eps, name='query_norm')(q)
@@ -167,7 +188,7 @@ class Attention(nn.Module):
       y = attention.attend(q, k, v, rows, kind)
     else:
       y = attention.with_past(q, k, v, past, layer, rows)
-    y = linear(m.d_model, name='out')(y.reshape(*x.shape[:2], -1))
+    y = linear(m.d_model, 'out')(y.reshape(*x.shape[:2], -1))
     return y, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
@@ -186,7 +207,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x, layer, angles, rows, past):
     m = self.config
-    linear = functools.partial(Linear, dtype=jnp.dtype(m.dtype))
+    linear = functools.partial(projection, m)
     y, new = Attention(m, name='attention')(
         RMSNorm(m.norm_eps, name='attention_norm')(x), layer, angles, rows,
         past)
@@ -196,8 +217,8 @@ class Block(nn.Module):
     if self.sparse:
       x = x + moe.Experts(m, name='experts')(y, rows.queries > 0)
     if width:
-      z = nn.silu(linear(width, name='gate')(y)) * linear(width, name='up')(y)
-      x = x + linear(m.d_model, name='down')(z)
+      z = nn.silu(linear(width, 'gate')(y)) * linear(width, 'up')(y)
+      x = x + linear(m.d_model, 'down')(z)
     return sharding.constrain_batch(x), new if self.keep else None
 
 

@@ -53,7 +53,7 @@ def _depth(params, k, below, tokens, rows_positions, here, past,
     past: `attention.Past` of all depths, or None.
     config: `config.Config`.
   """
-  m = mtp.without_window(config.model)
+  m = mtp.module_config(config.model, config.mtp)
   angles = transformer.angles_of(m, rows_positions)
   own = {'params': params['mtp'][f'depth_{min(k, config.mtp.modules)}']}
   rows = attention.full(here)

@@ -46,7 +46,7 @@ def sampling_mesh(config: config_lib.Config, mesh):
 
 def _dtype(path, x, dtype):
   """Return the dtype in which the model uses a parameter."""
-  cast = path.endswith(('kernel', 'embedding', 'bias')) and (
+  cast = path.endswith(('kernel', 'embedding', 'bias', *tree_lib.ADAPTER)) and (
       '/router/' not in path)
   return jnp.dtype(dtype) if cast else x.dtype
 

@@ -33,7 +33,7 @@ def error(code, text):
 
 
 def refuse_diverged(config: config_lib.Config, skipped_in_a_row, phase, step,
-                    last_good):
+                    last_good, last=False):
   """Raise `DivergedError` where run.max_skipped updates in a row were bad.
 
   Args:
@@ -42,8 +42,10 @@ def refuse_diverged(config: config_lib.Config, skipped_in_a_row, phase, step,
     phase: 'rl' or 'warmup', the section with the learning rate.
     step: of the phase.
     last_good: path of its last checkpoint, or None.
+    last: whether the phase ends here; then one bad update is enough, as what
+      follows would start from these parameters.
   """
-  if skipped_in_a_row < config.run.max_skipped:
+  if skipped_in_a_row < (1 if last else config.run.max_skipped):
     return
   rate = getattr(config, phase).lr
   good = (f'the last good checkpoint is {last_good}' if last_good
