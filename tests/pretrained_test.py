@@ -179,6 +179,12 @@ def test_a_copy_that_differs_is_refused(tmp_path):
     (dict(intermediate_size='40'), "d_ff the value '40'"),
     (dict(rms_norm_eps=None), 'norm_eps the value None'),
     (dict(rope_scaling='yarn'), 'must be an object'),
+    (dict(rope_scaling={'type': 'linear', 'factor': float('inf')}),
+     'factor=inf, which must be'),
+    (dict(rope_scaling={'type': 'yarn', 'factor': 2., 'rope_theta': 1},
+          rope_theta=None, max_position_embeddings=8), 'above 1'),
+    (dict(mtp_layer_types=1), 'mtp_layer_types=1'),
+    (dict(layer_types=[{}, {}]), 'layer_types'),
     (dict(mtp_rl={'concat': 'emb_h'}), 'mtp.concat')])
 def test_another_architecture_is_named(change, said, tmp_path):
   m, mtp = published.model('mimo')

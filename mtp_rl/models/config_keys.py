@@ -122,7 +122,8 @@ def windows(values, kind, layers):
   types, size = values.get('layer_types'), values.get('sliding_window')
   if types is not None and (
       not isinstance(types, list) or len(types) != layers
-      or set(types) - {'full_attention', 'sliding_attention'}):
+      or any(t not in ('full_attention', 'sliding_attention')
+             for t in types)):
     refuse('layer_types', types, 'which must name full_attention or '
            f'sliding_attention for each of the {layers} layers')
   if kind in ('llama', 'glm4_moe') and size is not None:
