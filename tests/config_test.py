@@ -11,6 +11,13 @@ from tests import conftest
 
 @pytest.mark.parametrize('sections, said', [
     (dict(mtp=dict(modules=0, regime='detach')), 'mtp.modules=0'),
+    (dict(model=dict(rope_type='llama3')), 'model.rope_context=0'),
+    (dict(model=dict(rope_type='llama3', rope_context=8, rope_low=4.)),
+     'must be below model.rope_high'),
+    (dict(model=dict(rope_type='yarn', rope_context=8, rope_theta=1.)),
+     'needs model.rope_theta=1.0 above 1'),
+    (dict(model=dict(rope_factor=2.)), 'set model.rope_type'),
+    (dict(model=dict(window_layers='sf')), 'model.window=0'),
     (dict(mtp=dict(modules=0, regime='occ')), 'needs an MTP module'),
     (dict(mtp=dict(modules=2, regime='occ_authors')), 'one depth'),
     (dict(mtp=dict(unroll=2, regime='occ_authors')), 'mtp.unroll=2'),

@@ -81,12 +81,14 @@ _CHANGES = {
     'first_k_dense_replace': (0, 1, 2), 'n_shared_experts': (1, 2),
     'use_qk_norm': (True, False), 'n_routed_experts': (4, 16),
     'num_experts': (4, 16), 'num_local_experts': (4, 8),
-    'output_router_logits': (True,)}
+    'output_router_logits': (True,), 'is_llama_config': (True, False),
+    'shared_expert_intermediate_size': (0, 8)}
 _MOE = ('num_experts_per_tok', 'norm_topk_prob', 'moe_intermediate_size',
         'n_group', 'topk_group', 'routed_scaling_factor', 'num_local_experts',
         'first_k_dense_replace', 'n_shared_experts', 'use_qk_norm',
         'n_routed_experts', 'num_experts', 'decoder_sparse_step',
-        'mlp_only_layers', 'output_router_logits')
+        'mlp_only_layers', 'output_router_logits',
+        'shared_expert_intermediate_size')
 
 
 def _values(family):

@@ -1,15 +1,17 @@
 """Logits against transformers itself (extra hf): trunks and MTP modules."""
 
 import dataclasses
+import random
 
 import numpy as np
 import pytest
 
-from mtp_rl.models import pretrained
+from mtp_rl.models import presets, pretrained, rope
 from tests import published
 from tests.golden import make
 
 torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
 modeling_layers = pytest.importorskip('transformers.modeling_layers')
 
 
@@ -42,6 +44,56 @@ def test_random_small_models_have_the_logits_of_transformers(family, tmp_path):
     got, = published.logits(net, pretrained.load(path, abstract, m, mtp))
     assert want.std() > .3
     np.testing.assert_allclose(got[published.tokens()[1]], want, atol=1e-4)
+
+
+def _ropes(tries=300):
+  """Yield (theta, channels, config.json's object): published, then drawn."""
+  llama = {'rope_type': 'llama3', 'low_freq_factor': 1.,
+           'high_freq_factor': 4., 'original_max_position_embeddings': 8192}
+  yield 5e5, 128, llama | {'factor': 8.}  # Llama 3.1
+  yield 5e5, 64, llama | {'factor': 32.}  # Llama 3.2
+  yield 1e6, 128, {'rope_type': 'yarn', 'factor': 4.,  # Qwen2.5, Qwen3
+                   'original_max_position_embeddings': 32768}
+  rng = random.Random(0)
+  for _ in range(tries):
+    kind = rng.choice(('linear', 'llama3', 'yarn'))
+    out = {'rope_type': kind, 'factor': rng.choice((1., 1.5, 4., 8., 40.))}
+    if kind != 'linear':
+      out['original_max_position_embeddings'] = rng.choice((16, 4096, 32768))
+    if kind == 'llama3':
+      out |= {'low_freq_factor': rng.choice((.5, 1., 2.)),
+              'high_freq_factor': rng.choice((3., 4., 8.))}
+    elif kind == 'yarn':
+      out |= {key: rng.choice(some) for key, some in {
+          'beta_fast': (2., 32., 64.), 'beta_slow': (.5, 1.),
+          'attention_factor': (.7, 1.3), 'mscale': (.7, 1.),
+          'mscale_all_dim': (1., 1.1), 'truncate': (True, False)}.items()
+              if rng.random() < .4}
+    yield (rng.choice((50., 1e4, 5e5, 1e7)), rng.choice((4, 8, 64, 96, 128)),
+           out)
+
+
+def test_frequencies_and_gain_are_those_of_transformers():
+  """Up to float32: a blend (llama3) loses digits where it begins or ends."""
+  m, mtp = published.model('llama')
+  moved = 0
+  for theta, channels, scaling in _ropes():
+    context = scaling.get('original_max_position_embeddings', 64)
+    values = presets.to_hf(m, mtp) | {
+        'head_dim': channels, 'rope_theta': theta, 'rope_scaling': scaling,
+        'max_position_embeddings': int(context * scaling['factor'])}
+    found, _ = presets.from_hf(values)
+    got, gain = rope.stretched(found, channels)
+    values.pop('architectures')
+    config = transformers.LlamaConfig(**values)
+    want, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[
+        scaling['rope_type']](config, 'cpu')
+    exact = scaling['rope_type'] != 'llama3'
+    np.testing.assert_allclose(got, want.numpy(), rtol=1e-6 if exact else 1e-5)
+    assert gain == pytest.approx(factor, rel=1e-12)
+    plain = theta ** (-np.arange(0, channels, 2) / channels)
+    moved += np.abs(got / plain - 1).max() > .01
+  assert moved > 150
 
 
 @pytest.mark.parametrize('family', ['mimo', 'glm4_moe', 'qwen3_moe',

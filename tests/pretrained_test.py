@@ -179,6 +179,12 @@ def test_a_copy_that_differs_is_refused(tmp_path):
     (dict(intermediate_size='40'), "d_ff the value '40'"),
     (dict(rms_norm_eps=None), 'norm_eps the value None'),
     (dict(rope_scaling='yarn'), 'must be an object'),
+    (dict(rope_scaling={'type': 'linear', 'factor': float('inf')}),
+     'factor=inf, which must be'),
+    (dict(rope_scaling={'type': 'yarn', 'factor': 2., 'rope_theta': 1},
+          rope_theta=None, max_position_embeddings=8), 'above 1'),
+    (dict(mtp_layer_types=1), 'mtp_layer_types=1'),
+    (dict(layer_types=[{}, {}]), 'layer_types'),
     (dict(mtp_rl={'concat': 'emb_h'}), 'mtp.concat')])
 def test_another_architecture_is_named(change, said, tmp_path):
   m, mtp = published.model('mimo')
@@ -225,6 +231,8 @@ _EVERY = dict(max_position_embeddings=131072, bos_token_id=1, pad_token_id=0,
 
 
 @pytest.mark.parametrize('family, own', [
+    ('llama', dict(rope_interleaved=False, is_llama_config=True,
+                   use_sliding_window=True)),
     ('llama', dict(pretraining_tp=1, mlp_bias=False, rope_scaling=dict(
         rope_type='llama3', factor=8., low_freq_factor=1., high_freq_factor=4.,
         original_max_position_embeddings=8192))),
@@ -235,7 +243,9 @@ _EVERY = dict(max_position_embeddings=131072, bos_token_id=1, pad_token_id=0,
         original_max_position_embeddings=32768))),
     ('mimo', dict(auto_map={'AutoConfig': 'x.Y'}, sliding_window=32768)),
     ('glm4_moe', dict(torch_dtype=None, dtype='bfloat16')),
-    ('qwen3_moe', dict(decoder_sparse_step=1, router_aux_loss_coef=.001))])
+    ('qwen3_moe', dict(decoder_sparse_step=1, router_aux_loss_coef=.001,
+                       shared_expert_intermediate_size=0, qkv_bias=False,
+                       use_qk_norm=True))])
 def test_config_json_comes_out_as_it_went_in(family, own):
   m, mtp = published.model(family)
   values = presets.to_hf(m, mtp) | _EVERY | own
@@ -255,6 +265,18 @@ def test_config_json_comes_out_as_it_went_in(family, own):
     assert {n for n in out.keys() | values.keys() if out.get(n, ...) !=
             values.get(n, ...)} <= set(config_keys.MAY_DIFFER)
     assert presets.from_hf(out)[1].get('modules', 0) == k
+
+
+@pytest.mark.parametrize('family, change', [
+    ('llama', dict(is_llama_config=False)), ('llama', dict(sliding_window=8)),
+    ('qwen2', dict(qkv_bias=False)), ('qwen3_moe', dict(use_qk_norm=False)),
+    ('qwen3_moe', dict(shared_expert_intermediate_size=8))])
+def test_a_key_without_effect_at_one_value_is_refused_at_others(
+    family, change):
+  values = presets.to_hf(*published.model(family))
+  key, = change
+  with pytest.raises(config_lib.ConfigError, match=f'sets {key}='):
+    presets.from_hf(values | change)
 
 
 def test_a_bfloat16_export_keeps_the_routers_in_float32(tmp_path):

@@ -57,6 +57,10 @@ _OFF = {'use_mrope': False, 'is_encoder_decoder': False, 'is_decoder': False,
         'add_cross_attention': False, 'cross_attention_hidden_size': None,
         'tie_encoder_decoder': False, 'pruned_heads': {}, 'mlp_bias': False,
         'hidden_act': 'silu', 'rope_interleaved': False}
+# The same in one family, where the value says what the family does anyway.
+_OFF_IN = {'llama': {'is_llama_config': True},  # SmolLM2
+           'qwen3_moe': {'shared_expert_intermediate_size': 0,  # Qwen3-Coder
+                         'qkv_bias': False, 'use_qk_norm': True}}
 
 
 def refuse(key, value, why='which the decoder does not support'):
@@ -76,11 +80,12 @@ def check(values, kind):
   Raises:
     config.ConfigError: one key and its value.
   """
+  off = _OFF | _OFF_IN.get(kind, {})
   for key, value in values.items():
     if value is None:
       continue
-    if key in _OFF:
-      if value != _OFF[key]:
+    if key in off:
+      if value != off[key]:
         refuse(key, value)
     elif key not in _READ.get(kind, _DENSE) and key not in _WITHOUT_EFFECT:
       refuse(key, value, 'which this project does not know and the forward '
@@ -117,12 +122,12 @@ def windows(values, kind, layers):
   types, size = values.get('layer_types'), values.get('sliding_window')
   if types is not None and (
       not isinstance(types, list) or len(types) != layers
-      or set(types) - {'full_attention', 'sliding_attention'}):
+      or any(t not in ('full_attention', 'sliding_attention')
+             for t in types)):
     refuse('layer_types', types, 'which must name full_attention or '
            f'sliding_attention for each of the {layers} layers')
-  if kind in ('llama', 'glm4_moe'):  # here a window has no switch
-    if size is not None or values.get('use_sliding_window'):
-      refuse('sliding_window', size)
+  if kind in ('llama', 'glm4_moe') and size is not None:
+    refuse('sliding_window', size)  # here a window has no switch
   on = bool(values.get('use_sliding_window')) and size is not None
   if types is None:
     first = values.get('max_window_layers')

@@ -245,8 +245,9 @@ def _modules(values, kind, layout, fields):
   if not modules:
     return {}
   types = values.get('mtp_layer_types')
-  if set(types or ()) - {'full_attention'} or (
-      'window' in fields and types is None):
+  full = types is None or (isinstance(types, list) and all(
+      t == 'full_attention' for t in types))
+  if not full or ('window' in fields and types is None):
     config_keys.refuse('mtp_layer_types', types, 'but the MTP modules of a '
                        'model with sliding windows must have full attention')
   deepseek = layout == 'deepseek' or 'experts' in fields

@@ -87,7 +87,8 @@ def _refuse(key, value, why):
 
 def _number(source, key, kinds=(int, float)):
   value = source[key]
-  if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
+  if isinstance(value, bool) or not isinstance(value, kinds) or not (
+      0 < value < math.inf):
     _refuse(key, value, 'which must be a positive number')
   return value
 
@@ -144,6 +145,8 @@ def _one(name, source, values):
     if out['rope_low'] >= out['rope_high']:
       _refuse(name, source, 'whose high_freq_factor must be the larger one')
   if kind == 'yarn':
+    if out['rope_theta'] <= 1:
+      _refuse(name, source, 'whose rope_theta must be above 1')
     if not isinstance(source.get('truncate', True), bool):
       _refuse(name, source, 'whose truncate must be true or false')
     out |= {'rope_gain': _gain(source, out['rope_factor']),

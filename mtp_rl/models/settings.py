@@ -32,6 +32,8 @@ def _check_attention(m: config_lib.Model):
   need(not scaled or m.rope_context,
         f'model.rope_type={m.rope_type} stretches a first context, but '
         'model.rope_context=0; set it')
+  need(m.rope_type != 'yarn' or m.rope_theta > 1,
+        f'model.rope_type=yarn needs model.rope_theta={m.rope_theta} above 1')
   need(m.rope_type != 'llama3' or m.rope_low < m.rope_high,
         f'model.rope_low={m.rope_low} must be below model.rope_high='
         f'{m.rope_high}')
