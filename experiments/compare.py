@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import launch
+from mtp_rl.run import endings
 
 CONFIG = launch.define_config()
 _PRESET = flags.DEFINE_list('preset', [], 'table1, table2, trace.')
@@ -52,8 +53,9 @@ def main():
   if not _REPORT_ONLY.value:
     failed, stopped = study.run(plan, _JOBS.value)
   if stopped:
-    sys.exit('interrupted; the same command resumes, and --report_only '
-             'makes the tables of the runs that are complete')
+    launch.end('interrupted; the same command resumes, and --report_only '
+               'makes the tables of the runs that are complete',
+               endings.STOPPED)
   print(f'see {study.write_report(plan, failed)} and figures beside it')
   if failed:
     sys.exit(f'error: {len(failed)} runs failed: {", ".join(failed)}; '

@@ -1,5 +1,8 @@
 """What the launchers share: flags, quiet logs, one-sentence errors."""
 
+import contextlib
+import errno
+import os
 import pathlib
 import re
 import sys
@@ -9,10 +12,14 @@ from ml_collections import config_flags
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io
+from mtp_rl.run import endings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 flags.mark_flag_as_required('workdir')
+# What a machine, not a setting, refuses.
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENODEV,
+            errno.ESTALE)
 
 
 def define_processes():
@@ -57,15 +64,43 @@ def define_config(required=True):
   return flag
 
 
+def end(text, code):
+  """Print a line to stderr, and exit with one of the codes of `endings`."""
+  print(text, file=sys.stderr, flush=True)
+  sys.exit(code)
+
+
+def _help():
+  """Print the launcher's text and flags, and how to list the others."""
+  doc = sys.modules['__main__'].__doc__ or ''
+  own = (__name__, 'experiments.launch', sys.argv[0], '__main__')
+  found = {f.name: f for module in own
+           for f in flags.FLAGS.get_flags_for_module(module)}
+  print(doc.strip(), '\nFlags:', sep='\n')
+  for flag in found.values():
+    no = '[no]' if flag.boolean else ''
+    default = '' if flag.default in (None, '', []) else (
+        ' [' + flag.default_as_str.strip("'") + ']')
+    print(f'  --{no}{flag.name}: {flag.help}{default}')
+  if 'config' in found:
+    print('  --config.SECTION.FIELD=VALUE: any field of mtp_rl/config.py, as '
+          '--config.rl.lr=1e-4')
+  print("\n--helpfull lists the flags of all libraries as well. What a run's "
+        'exit code says\nstands in experiments/README.md.')
+  sys.exit(0)
+
+
 def _parse(argv):
   """Parse the flags; an error exits with one sentence."""
+  if {'--help', '-help', '-h', '-?'} & set(argv[1:]):
+    _help()
   try:
     for arg in argv[1:]:
       if field := re.match(r'--?config\.([\w.]+)', arg):
         config_io.refuse_renamed(field[1])
     return flags.FLAGS(argv)
   except config_lib.ConfigError as e:
-    sys.exit(f'error: {e}')
+    end(f'error: {e}', endings.SETTING)
   except (flags.Error, KeyError, OSError) as e:
     _fail(e)
 
@@ -76,14 +111,74 @@ def _fail(error):
   hint = '--help lists the flags, mtp_rl/config.py the config fields'
   if isinstance(error, OSError) and pathlib.Path.cwd() != ROOT:
     hint = f'launchers run from the root of a checkout, which is {ROOT}'
-  sys.exit(f'error: {[line for line in lines if line][-1]} ({hint})')
+  end(f'error: {[line for line in lines if line][-1]} ({hint})',
+      endings.SETTING)
+
+
+class _Lasting:
+  """A stream that goes on into nothing where its terminal or pipe is gone."""
+
+  def __init__(self, stream):
+    self._stream = stream or open(os.devnull, 'w', encoding='utf-8')
+
+  def __getattr__(self, name):
+    return getattr(self._stream, name)
+
+  def _keep(self, action):
+    try:
+      return action()
+    except OSError:
+      nowhere = os.open(os.devnull, os.O_WRONLY)
+      os.dup2(nowhere, self._stream.fileno())
+      os.close(nowhere)
+
+  def write(self, text):
+    """Write text, or drop it."""
+    return self._keep(lambda: self._stream.write(text))
+
+  def flush(self):
+    """Flush what can be flushed."""
+    return self._keep(self._stream.flush)
+
+
+def _place_workdir():
+  """Expand ~ in --workdir, and refuse a name that this locale cannot hold."""
+  path = os.path.expanduser(flags.FLAGS.workdir)
+  encoding = sys.getfilesystemencoding()
+  try:
+    same = os.fsencode(path) == path.encode()
+  except UnicodeEncodeError:
+    same = False
+  if not same:
+    raise config_lib.ConfigError(
+        f'--workdir has characters beyond the encoding of this locale '
+        f'({encoding}); set PYTHONUTF8=1, or LC_ALL=C.UTF-8')
+  flags.FLAGS.workdir = path
+
+
+@contextlib.contextmanager
+def _one_sentence():
+  """Turn what is nobody's defect into one sentence and an exit code."""
+  try:
+    yield
+  except config_lib.ConfigError as e:
+    end(f'error: {e}', endings.exit_code(e))
+  except OSError as e:
+    if e.errno not in _MACHINE:
+      raise
+    end(f'error: {e.strerror} ({e.filename or "a file of the run"}); make room '
+        'or repair the disk, and the same command goes on from the last '
+        'checkpoint', endings.ENVIRONMENT)
+  except KeyboardInterrupt:
+    sys.exit(130)  # 128 + SIGINT, as after a second signal
 
 
 def run(action):
   """Parse the flags and call action(); a ConfigError exits as one sentence."""
+  sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
   def main(argv):
     if len(argv) > 1:
-      sys.exit(f'error: unexpected argument {argv[1]!r}')
+      end(f'error: unexpected argument {argv[1]!r}', endings.SETTING)
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)
     if 'config' in flags.FLAGS:
@@ -91,9 +186,8 @@ def run(action):
         _ = flags.FLAGS['config'].value and flags.FLAGS['config'].value.seed
       except OSError as e:
         _fail(e)
-    try:
+    with _one_sentence():
+      _place_workdir()
       _join()
       action()
-    except config_lib.ConfigError as e:
-      sys.exit(f'error: {e}')
   app.run(main, flags_parser=_parse)

@@ -6,7 +6,10 @@ Other runs start from it with --config.warmup.init=DIR, so that regimes can be
 compared from one checkpoint. The same command resumes.
 """
 
+import sys
+
 from experiments import launch
+from mtp_rl.run import endings
 
 CONFIG = launch.define_config()
 launch.define_processes()
@@ -19,6 +22,8 @@ def main():
   launch.say(
       f'{"complete" if done else "interrupted; the same command resumes"}: '
       f'{launch.WORKDIR.value}/checkpoints/warmup')
+  if not done:
+    sys.exit(endings.STOPPED)
 
 
 if __name__ == '__main__':

@@ -7,7 +7,10 @@ objective presets follow the config's name after a colon
 (--config=configs/quickstart.py:gspo,paper). The same command resumes.
 """
 
+import sys
+
 from experiments import launch
+from mtp_rl.run import endings
 
 CONFIG = launch.define_config()
 launch.define_processes()
@@ -26,6 +29,7 @@ def main():
              'summary.json')
   if summary['status'] != 'complete':
     launch.say('the same command resumes')
+    sys.exit(endings.STOPPED)
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ every process writes its shards. With one process nothing is communicated.
 
 import contextlib
 import json
+import os
 import socket
 import time
 import zlib
@@ -18,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mtp_rl import config as config_lib
+from mtp_rl.run import endings
 
 CONNECT_S = 240  # seconds to wait until process 0 listens
 # Seconds without a heartbeat after which a process counts as dead and the
@@ -42,9 +44,10 @@ def initialize(coordinator=None, processes=None, process=None):
   """
   if coordinator is not None:
     _reach(coordinator, process)
-  # JAX's handler would swallow SIGTERM outside the training loop, which has
-  # its own handler.
-  jax.config.update('jax_enable_preemption_service', False)
+  # JAX's preemption service takes SIGTERM for itself, outside the training
+  # loop as well, which has its own handler and the same agreement.
+  if not preemption_service():
+    jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
         coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_S,
@@ -97,6 +100,26 @@ def index():
 def is_writer():
   """Return whether this process writes files and shows progress."""
   return index() == 0
+
+
+def preemption_service():
+  """Return whether the environment asks for JAX's preemption service."""
+  asked = os.environ.get('JAX_ENABLE_PREEMPTION_SERVICE', '')
+  return asked.lower() in ('1', 'true', 'yes', 'on', 'y', 't')
+
+
+def preempted(check):
+  """Return whether the cluster has announced to take a machine away.
+
+  True in all processes at the same check. Without JAX's preemption service it
+  is False, and SIGTERM is the notice.
+
+  Args:
+    check: number of this check, from 1; all processes make the same ones.
+  """
+  if not (preemption_service() and jax.distributed.is_initialized()):
+    return False
+  return multihost_utils.reached_preemption_sync_point(check)
 
 
 def put(rows, sharding):
@@ -199,14 +222,15 @@ def together():
   try:
     yield
   except config_lib.ConfigError as e:
-    error, said = e, str(e).encode()[:_MESSAGE]
+    error = e
+    said = (bytes([endings.exit_code(e)]) + str(e).encode())[:_MESSAGE]
   if count() > 1:
     mine = np.zeros(_MESSAGE, np.uint8)
     mine[:len(said)] = np.frombuffer(said, np.uint8)
     for message in multihost_utils.process_allgather(mine):
       if message.any() and error is None:
-        error = config_lib.ConfigError(
-            message.tobytes().rstrip(b'\0').decode(errors='replace'))
+        code, *text = message.tobytes().rstrip(b'\0')
+        error = endings.error(code, bytes(text).decode(errors='replace'))
   if error is not None:
     raise error
 

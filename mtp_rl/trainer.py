@@ -5,7 +5,9 @@ The same call on the same workdir resumes where the run stopped.
 
 import contextlib
 import functools
+import itertools
 import json
+import signal
 import time
 from typing import NamedTuple
 
@@ -196,9 +198,13 @@ def finish(run: workdir_lib.Run, status):
 
 @contextlib.contextmanager
 def _running(run):
+  # JAX's preemption service, where it is on, takes SIGTERM.
+  leave = (signal.SIGTERM,) if distributed.preemption_service() else ()
+  checks = itertools.count(1)
   with (jax.set_mesh(run.mesh), contextlib.closing(run.task),
-        signals.interruptible() as stopped):
-    yield lambda: distributed.any_of(stopped())
+        signals.interruptible(leave) as stopped):
+    yield lambda: (distributed.preempted(next(checks))
+                   or distributed.any_of(stopped()))
 
 
 def pretrain(config: config_lib.Config, workdir):

@@ -196,7 +196,7 @@ def test_stopped_and_killed_it_resumes_to_the_same_result(run, tmp_path):
   _wait_for(workdir, 0, children)
   children[1].send_signal(signal.SIGTERM)
   for code, out, err in _end(children):
-    assert code == 0, out + err
+    assert code == 75, out + err
   stopped = _rows(workdir)[-1]['step']
   assert _state(workdir)[1] == list(range(stopped + 1)) and stopped < 3
 
@@ -291,7 +291,7 @@ def test_what_processes_tell_each_other(slurm):
   start = time.monotonic()
   done = _end(_start(['-c', _HELPERS], slurm=slurm))
   for code, _, err in done:
-    assert code == 1, err
+    assert code == 2, err
     assert err.strip() == 'error: the second found a fault'
   assert 'agreed' in done[0][1] and 'agreed' not in done[1][1]
   assert time.monotonic() - start < 60
@@ -310,7 +310,7 @@ def test_a_coordinator_that_is_not_there_is_one_sentence(monkeypatch):
 def test_processes_of_another_command_are_refused(tmp_path):
   command = _train(_config('dense'), str(tmp_path / 'run'))
   for code, _, err in _end(_start(command, extra={1: ['--config.seed=1']})):
-    assert code == 1
+    assert code == 2
     assert err.strip().startswith('error: the processes differ in config')
     assert len(err.strip().splitlines()) == 1
   assert not (tmp_path / 'run' / 'config.json').exists()

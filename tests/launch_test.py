@@ -47,7 +47,7 @@ def _run(module, *flags):
 def test_bad_input_is_one_sentence_within_seconds(module, flags, said,
                                                   tmp_path):
   done, seconds = _run(module, f'--workdir={tmp_path}', *flags)
-  assert done.returncode == 1, done.stderr
+  assert done.returncode == 2, done.stderr
   assert said in done.stderr and 'Traceback' not in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1
   assert seconds < 60 and not list(tmp_path.glob('checkpoints'))
@@ -55,7 +55,7 @@ def test_bad_input_is_one_sentence_within_seconds(module, flags, said,
 
 def test_a_workdir_is_required():
   done, _ = _run('train', QUICK)
-  assert done.returncode == 1 and 'workdir' in done.stderr
+  assert done.returncode == 2 and 'workdir' in done.stderr
 
 
 def test_a_launcher_started_elsewhere_says_where_it_runs(tmp_path):
@@ -63,6 +63,6 @@ def test_a_launcher_started_elsewhere_says_where_it_runs(tmp_path):
       [sys.executable, '-m', 'experiments.train', QUICK, '--workdir=run'],
       cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)}, text=True,
       capture_output=True, timeout=120, check=False)
-  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  assert done.returncode == 2 and 'Traceback' not in done.stderr
   assert f'run from the root of a checkout, which is {ROOT}' in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1
