@@ -181,6 +181,7 @@ class Rollout:
   temperature: float = 1.
   top_k: int = 0  # 0: off
   top_p: float = 1.
+  slots: int = 0  # rows decoded at a time; 0: all of a rollout, as one program
   draft: int = 0  # tokens that the MTP modules draft a step; 0: off
   verify: str = 'coupled'  # the tokens of no drafts; or 'rejection'
   draft_rows: int = 0  # draft if at most so many rows are decoded; 0: always

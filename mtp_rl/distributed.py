@@ -143,6 +143,13 @@ def fetch(tree):
   return multihost_utils.process_allgather(tree, tiled=True)
 
 
+def share(rows):
+  """Return the range of `rows` rows that this process works on."""
+  size = -(-rows // count())
+  start = min(size * index(), rows)
+  return range(start, min(start + size, rows))
+
+
 def split(work, rows):
   """Split work over the processes; return the values of all rows.
 
@@ -153,11 +160,8 @@ def split(work, rows):
   Returns:
     float64 [rows].
   """
-  n = count()
-  size = -(-rows // n)
-  start = min(size * index(), rows)
-  mine = slice(start, min(start + size, rows))
-  done = np.asarray(work(mine), np.float64)
+  n, size, own = count(), -(-rows // count()), share(rows)
+  done = np.asarray(work(slice(own.start, own.stop)), np.float64)
   if n == 1:
     return done
   padded = np.pad(done, (0, size - len(done)))

@@ -19,7 +19,7 @@ from mtp_rl import config as config_lib
 from mtp_rl import distributed, prng, sharding, train_step, tree, warmup
 from mtp_rl.evaluation import held_out
 from mtp_rl.report import run_figures, style
-from mtp_rl.rollout import experience, layout, packing, sampler
+from mtp_rl.rollout import experience, layout, packing, slots
 from mtp_rl.run import checkpoint, endings, metrics, signals
 from mtp_rl.run import workdir as workdir_lib
 
@@ -42,7 +42,7 @@ def prepare(run: workdir_lib.Run):
   config, task = run.config, run.task
   steps = train_step.make(config, run.mesh)
   params = steps.abstract.params
-  make = functools.partial(sampler.make_generate, config, run.mesh, params,
+  make = functools.partial(slots.make_generate, config, run.mesh, params,
                            task.tokenizer.ends)
   place = layout.make_place(params, config, run.mesh)
   return Functions(

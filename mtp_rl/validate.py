@@ -4,9 +4,10 @@ import dataclasses
 import math
 
 from mtp_rl import config as config_lib
-from mtp_rl import config_io, estimators, regimes, tasks
+from mtp_rl import config_io, estimators, regimes, sharding, tasks
 from mtp_rl.models import rope, settings
 from mtp_rl.objectives import acceptance, masked
+from mtp_rl.rollout import layout
 
 # Projections of a block that can have a LoRA adapter.
 TARGETS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
@@ -67,7 +68,7 @@ _NOT_NEGATIVE = {
     'optim': ('weight_decay', 'clip', 'ramp'),
     'warmup': ('steps', 'mtp_coef'),
     'rollout': ('temperature', 'top_k', 'tensor', 'expert', 'draft',
-                'draft_rows'),
+                'draft_rows', 'slots'),
     'task': ('noisy_facts', 'noise'),
 }
 
@@ -218,6 +219,10 @@ def _validate_adapters(config: config_lib.Config):
 
 def _validate_sampling(config: config_lib.Config):
   r, mesh = config.rollout, config.mesh
+  places = sharding.batch_devices(layout.sampling_config(config).mesh)
+  _need(r.slots % places == 0,
+        f'rollout.slots={r.slots} does not divide over the {places} devices '
+        'that rows are split over while sampling; set a multiple')
   if not (r.tensor or r.expert):
     return
   devices = mesh.data * mesh.fsdp * mesh.tensor * mesh.expert

@@ -11,7 +11,7 @@ import numpy as np
 
 from mtp_rl import distributed, prng, sharding, train_step, tree
 from mtp_rl.models import pretrained
-from mtp_rl.rollout import layout, sampler
+from mtp_rl.rollout import layout, slots
 from mtp_rl.rollout import prompts as prompts_lib
 from mtp_rl.run import checkpoint, endings, metrics
 from mtp_rl.run import workdir as workdir_lib
@@ -55,7 +55,7 @@ class Samples:
     """
     self._run, self._number, self._pool = run, None, None
     self._place = layout.make_place(abstract, run.config, run.mesh)
-    self._generate = sampler.make_generate(
+    self._generate = slots.make_generate(
         run.config, run.mesh, abstract, run.task.tokenizer.ends,
         run.config.rl.group)
 

@@ -40,7 +40,7 @@ class Digits:
 
 def _generate(task):
   """Samples of a group: `n` of x (right), then y; sample j has j + 2."""
-  def generate(unused_params, prompts, valid, unused_key):
+  def generate(unused_params, prompts, valid, unused_key, unused_finished):
     tokens = np.zeros((P * G, R + S), np.int32)
     there = np.zeros((P * G, R + S), bool)
     for row in range(P * G):

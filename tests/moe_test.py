@@ -12,7 +12,7 @@ from mtp_rl import config as config_lib
 from mtp_rl import forward, gradients, sharding, tokenizers
 from mtp_rl.models import moe
 from mtp_rl.objectives import logprobs
-from mtp_rl.rollout import experience
+from mtp_rl.rollout import describe
 from tests import batches
 
 M = config_lib.Model(d_model=6, experts=8, experts_per_token=3, expert_ff=5,
@@ -133,8 +133,8 @@ def test_load_counts_valid_tokens_alone():
   assert out.load.shape == (batches.ROWS, 1, 4)
   np.testing.assert_array_equal(out.load.sum((1, 2)), 2 * batch.valid.sum(1))
   rewards = np.zeros(batches.ROWS, np.float32)
-  row = experience.describe(batch, out, rewards, 4,
-                            tokenizers.Ends(0, (1,)))
+  row = describe.batch_metrics(batch, out, rewards, 4,
+                               tokenizers.Ends(0, (1,)))
   assert 0 <= row['moe/load_min'] < 1 < row['moe/load_max'] <= 4
   # One layer sends 6, 2 and 0 tokens, another 4, 2 and 2.
   seen = moe.balance(np.array([[[6, 2, 0], [1, 1, 1]], [[0, 0, 0], [3, 1, 1]]]))

@@ -161,6 +161,27 @@ def read(params, state, tokens, *, config: config_lib.Config):
       state.cache, new, column)
 
 
+def keep(state, hidden):
+  """Return `state.states` with those of the columns from `column` on.
+
+  Args:
+    state: `SamplingState`.
+    hidden: [B, W, D].
+  """
+  put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(
+      row, new, at, 0))
+  return put(state.states, hidden.astype(state.states.dtype), state.column)
+
+
+def over_columns(function, state):
+  """Return a state with function(x, axis of columns) of its caches, states."""
+  caches = lambda pair: jax.tree.map(
+      lambda c: transformer.constrain_cache(function(c, 3)), pair)
+  states = None if state.states is None else function(state.states, 1)
+  return state._replace(cache=caches(state.cache), ahead=caches(state.ahead),
+                        states=states)
+
+
 def emit(state, tokens, logprobs, count, ends):
   """Append drawn tokens to the rows that are not done.
 
@@ -214,9 +235,11 @@ def extend(params, state, *, config: config_lib.Config, ends, greedy=False):
   The arguments are those of `generate`.
   """
   tokens = jnp.take_along_axis(state.tokens, state.column[:, None], 1)
-  h, _, cache = read(params, state, tokens, config=config)
+  h, hidden, cache = read(params, state, tokens, config=config)
   place = state.column[:, None] + 1 - state.prompt.shape[1]
   token, logp = choose(head(params, h), state.keys, place, config.rollout,
                        greedy)
   after = emit(state, token, logp, jnp.ones_like(state.column), ends)
+  if state.states is not None:  # for drafts of later steps
+    after = after._replace(states=keep(state, hidden))
   return after._replace(cache=cache, counts=count_forward(state, after))

@@ -73,23 +73,23 @@ def _reads_trunk(k, config: config_lib.Config):
   return k == 1 or (config.mtp.kind == 'parallel' and k <= config.mtp.modules)
 
 
-def read_prompts(params, hidden, prompts, prompt_valid, *,
+def read_columns(params, hidden, tokens, valid, *,
                  config: config_lib.Config):
-  """Return the keys and values of every depth, [draft, P, N, R, C].
+  """Return the keys and values of every depth, [draft, B, N, T, C].
 
   Args:
     params: the model's parameters.
-    hidden: [P, R, D], what depth 1 reads.
-    prompts: int32 [P, R].
-    prompt_valid: bool [P, R].
+    hidden: [B, T, D], what depth 1 reads.
+    tokens: int32 [B, T].
+    valid: bool [B, T].
     config: `config.Config`.
   """
   out, below = [], hidden
-  places = transformer.positions_of(prompt_valid)
+  places = transformer.positions_of(valid)
   for k in range(1, config.rollout.draft + 1):
     below, new = _depth(
         params, k, hidden if _reads_trunk(k, config) else below,
-        jnp.roll(prompts, -k, 1), places, prompt_valid, None, config)
+        jnp.roll(tokens, -k, 1), places, valid, None, config)
     out.append(new)
   return jax.tree.map(lambda *c: jnp.concatenate(c), *out)
 
@@ -196,9 +196,6 @@ def speculate(params, state, *, config: config_lib.Config, ends, greedy=False):
         decode.noise(state.keys, places, target.shape[-1:], prng.Draw.TOKEN))
     logp = jnp.take_along_axis(scored, tokens[..., None], -1)[..., 0]
   after = decode.emit(state, tokens, logp, jnp.sum(kept, 1) + 1, ends)
-  states = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(
-      row, new, at, 0))(state.states, hidden.astype(state.states.dtype),
-                        state.column)
   return after._replace(
-      cache=cache, ahead=ahead, states=states,
+      cache=cache, ahead=ahead, states=decode.keep(state, hidden),
       counts=decode.count_forward(state, after, *kept.T))

@@ -9,9 +9,8 @@ import numpy as np
 
 from mtp_rl import config as config_lib
 from mtp_rl import distributed, prng, types
-from mtp_rl.models import moe
-from mtp_rl.objectives import acceptance, logprobs
 from mtp_rl.objectives import advantages as advantages_lib
+from mtp_rl.rollout import describe, judge
 from mtp_rl.rollout import prompts as prompts_lib
 
 _REDRAW = 2 ** 32  # redraw r takes the prompts of step + r * _REDRAW
@@ -73,6 +72,7 @@ class _Draw(NamedTuple):
     costs: float64 [draws, 4], seconds to generate, seconds to reward, tokens
       generated, and rewards that were not finite.
     counts: int32 [draws, 2 + drafts], see `decode.SamplingState`.
+    seconds: list of draws, see `sampler.Drawn`.
   """
   tokens: np.ndarray
   valid: np.ndarray
@@ -81,6 +81,7 @@ class _Draw(NamedTuple):
   examples: np.ndarray
   costs: np.ndarray
   counts: np.ndarray
+  seconds: list
 
 
 def _draw(actor, placed, step, redraw):
@@ -91,20 +92,19 @@ def _draw(actor, placed, step, redraw):
   prompts, prompt_valid = prompts_lib.pad_prompts(
       [e.prompt for e in asked], task.tokenizer, config.rollout.max_prompt)
   key = prng.fold(actor.key, *([step, redraw] if redraw else [step]))
-  rows, sampled, counts = actor.generate(placed, prompts, prompt_valid, key)
-  generated = time.perf_counter()
-  response = rows.tokens[:, -config.rollout.max_response:]
   examples = [e for e in asked for _ in range(config.rl.group)]
-  rewards, bad = advantages_lib.finite_rewards(distributed.split(
-      lambda mine: task.rewards(
-          examples[mine], [task.tokenizer.decode(x) for x in response[mine]]),
-      len(examples)))
+  with judge.Judge(task, examples) as judging:
+    drawn = actor.generate(placed, prompts, prompt_valid, key, judging.take)
+    generated = time.perf_counter()
+    rows = drawn.rows
+    rewards, bad = advantages_lib.finite_rewards(judging.rewards(
+        rows.tokens[:, -config.rollout.max_response:]))
   made = rows.valid[:, -config.rollout.max_response:].sum()
   costs = (generated - start, time.perf_counter() - generated, made, bad)
   column = np.empty(len(examples), object)
   column[:] = examples
-  return _Draw(rows.tokens, rows.valid, sampled, rewards, column,
-               np.asarray([costs]), counts[None])
+  return _Draw(rows.tokens, rows.valid, drawn.logprobs, rewards, column,
+               np.asarray([costs]), drawn.counts[None], [drawn.seconds])
 
 
 def _draw_batch(actor, placed, step):
@@ -123,7 +123,8 @@ def _draw_batch(actor, placed, step):
   while varied.sum() < r.prompts and redraws < r.dynamic_sampling:
     redraws += 1
     more = _draw(actor, placed, step, redraws)
-    drawn = _Draw(*map(np.concatenate, zip(drawn, more)))
+    drawn = _Draw(*map(np.concatenate, zip(drawn[:-1], more)),
+                  drawn.seconds + more.seconds)
     varied = advantages_lib.varied_groups(drawn.rewards, r.group)
   chosen = advantages_lib.choose_groups(varied, r.prompts)
   rows = (chosen[:, None] * r.group + np.arange(r.group)).reshape(-1)
@@ -131,7 +132,7 @@ def _draw_batch(actor, placed, step):
              'rollout/groups_dropped': len(varied) - r.prompts,
              'rollout/groups_uniform': (~varied[chosen]).sum(),
              'reward/drawn_mean': drawn.rewards.mean()}
-  return _Draw(*(x[rows] for x in drawn[:-2]), *drawn[-2:]), metrics
+  return _Draw(*(x[rows] for x in drawn[:-3]), *drawn[-3:]), metrics
 
 
 def collect(actor: Actor, params, reference_params, step):
@@ -165,18 +166,11 @@ def collect(actor: Actor, params, reference_params, step):
       'timing_s/score': time.perf_counter() - start,
       'rollout/tokens_per_s': made / generating,
       'reward/not_finite': int(bad), **failures,
-      **_drafting(drawn.counts.sum(0)),
-      **describe(batch, old, drawn.rewards, config.rl.group,
-                 task.tokenizer.ends)}
+      **describe.drafting(drawn.counts.sum(0)),
+      **describe.seconds(drawn.seconds),
+      **describe.batch_metrics(batch, old, drawn.rewards, config.rl.group,
+                               task.tokenizer.ends)}
   return Rollout(batch, list(drawn.examples), drawn.rewards, metrics)
-
-
-def _drafting(counts):
-  """Return metrics of the drafts from `decode.SamplingState.counts`."""
-  forwards, tokens, *accepted = counts.tolist()
-  out = {'rollout/tokens_per_forward': tokens / max(forwards, 1)}
-  return out | {f'rollout/accepted_{k}': n / max(forwards, 1)
-                for k, n in enumerate(accepted, 1)}
 
 
 def _batch(actor, params, reference_params, drawn):
@@ -199,39 +193,3 @@ def _batch(actor, params, reference_params, drawn):
       np.broadcast_to(advantages[:, None], mask.shape).astype(np.float32),
       old.main, old.mtp, drawn.sampled, reference)
   return batch, old, shaping
-
-
-def describe(batch: types.RolloutBatch, old, rewards, group, ends):
-  """Return the metrics of a rollout, a dict of numbers.
-
-  Args:
-    batch: `types.RolloutBatch`.
-    old: `logprobs.LogProbs` with entropy and acceptance.
-    rewards: float [B].
-    group: G.
-    ends: `tokenizers.Ends`.
-  """
-  mask, length = batch.mask, batch.mask.sum(1)
-  full = mask.all(1)
-  tokens = max(mask.sum(), 1)
-  out = {
-      'reward/mean': rewards.mean(), 'reward/std': rewards.std(),
-      'reward/varied_groups': advantages_lib.varied_groups(
-          rewards, group).mean(),
-      'response_length/mean': length.mean(),
-      'response_length/max': length.max(),
-      # A full row whose last token is no EOS was cut off.
-      'response_length/clip_ratio': (
-          full & ~np.isin(batch.tokens[:, -1], ends.eos)).mean(),
-      'actor/entropy': (old.entropy * mask).sum() / tokens,
-      'rollout/logprob_gap_max': np.abs(
-          (old.main - batch.sampler) * mask).max()}
-  if old.load is not None:
-    out |= moe.balance(old.load)
-  modules = old.mtp.shape[-1]
-  if modules:
-    seen = np.asarray(logprobs.mtp_mask(batch.valid, mask.shape[1], modules))
-    mean = lambda x, where: (np.asarray(x) * where).sum() / max(
-        np.asarray(where).sum(), 1)
-    out |= acceptance.metrics(old.top1, old.overlap, seen, mean)
-  return out

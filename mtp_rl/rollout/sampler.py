@@ -8,7 +8,7 @@ to rounding of the logits.
 import dataclasses
 import functools
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,12 @@ class Drawn(NamedTuple):
     logprobs: float32 [B, S], of the sampled tokens under the tempered,
       unrestricted distribution; 0 after a row's end.
     counts: see `decode.SamplingState`.
+    seconds: what `slots` spent on its parts, else None.
   """
   rows: types.Tokens
   logprobs: jax.Array
   counts: jax.Array
+  seconds: dict | None = None
 
 
 def identify(prompts, valid):
@@ -69,6 +71,67 @@ def row_keys(key, prompts, group):
   return jax.vmap(every)(prompts).reshape(-1)
 
 
+class Prompts(NamedTuple):
+  """Prompts that were read, P rows of R columns.
+
+  Attributes:
+    tokens: int32 [P, R].
+    valid: bool [P, R].
+    logits: float32 [P, 1, V], of the first response token.
+    cache: keys and values [L, P, N, R, C].
+    states, ahead: see `decode.SamplingState`; None without drafts.
+  """
+  tokens: jax.Array
+  valid: jax.Array
+  logits: jax.Array
+  cache: Any
+  states: jax.Array | None
+  ahead: Any
+
+
+def read(params, prompts, prompt_valid, *, config: config_lib.Config):
+  """Return the `Prompts`; the arguments are those of `generate`."""
+  net = forward.network(config)
+  x, cache = net.apply(
+      {'params': params}, prompts, transformer.positions_of(prompt_valid),
+      prompt_valid, None, method='extend')
+  h = net.apply({'params': params}, x, method='norm')
+  states = ahead = None
+  if config.rollout.draft:
+    states = h if config.mtp.hidden == 'post_norm' else x
+    ahead = draft.read_columns(params, states, prompts, prompt_valid,
+                               config=config)
+  return Prompts(prompts, prompt_valid, decode.head(params, h[:, -1:]), cache,
+                 states, ahead)
+
+
+def seat(prompts: Prompts, keys, *, config: config_lib.Config, ends,
+         greedy=False):
+  """Return the `decode.SamplingState` of B rows, their first tokens drawn.
+
+  Its cache, states and ahead have the prompt's R columns alone.
+
+  Args:
+    prompts: `Prompts` of B rows.
+    keys: PRNG keys [B].
+    config, ends, greedy: see `generate`.
+  """
+  (rows, r), s = prompts.tokens.shape, config.rollout.max_response
+  drafts = config.rollout.draft
+  state = decode.SamplingState(
+      tokens=jnp.pad(prompts.tokens, ((0, 0), (0, s + drafts)),
+                     constant_values=ends.pad),
+      prompt=prompts.valid, column=jnp.full((rows,), r - 1, jnp.int32),
+      logprobs=jnp.zeros((rows, s), jnp.float32),
+      done=jnp.zeros((rows,), bool), keys=keys, cache=prompts.cache,
+      states=prompts.states, ahead=prompts.ahead,
+      counts=jnp.zeros((2 + drafts,), jnp.int32))
+  token, logp = decode.choose(prompts.logits, keys,
+                              jnp.zeros((rows, 1), jnp.int32),
+                              config.rollout, greedy)
+  return decode.emit(state, token, logp, jnp.ones_like(state.column), ends)
+
+
 def prefill(params, prompts, prompt_valid, names, key, *,
             config: config_lib.Config, ends, group=1, greedy=False):
   """Read every prompt once; return the `decode.SamplingState` of its samples.
@@ -76,37 +139,25 @@ def prefill(params, prompts, prompt_valid, names, key, *,
   The first token of every sample is drawn. The arguments are those of
   `generate`.
   """
-  drafts, s = config.rollout.draft, config.rollout.max_response
-  net, (count, r) = forward.network(config), prompts.shape
-  x, cache = net.apply(
-      {'params': params}, prompts, transformer.positions_of(prompt_valid),
-      prompt_valid, None, method='extend')
-  h = net.apply({'params': params}, x, method='norm')
-  spread = functools.partial(jnp.repeat, repeats=group, axis=0)
-  room = lambda y, axis: jnp.pad(y, [
-      (0, s + drafts if i == axis else 0) for i in range(y.ndim)])
+  seen = read(params, prompts, prompt_valid, config=config)
   # The prompt's cache is copied to its G samples.
-  copy = lambda cache: jax.tree.map(lambda c: transformer.constrain_cache(
-      room(jnp.repeat(c, group, axis=1), 3)), cache)
-  state = decode.SamplingState(
-      tokens=jnp.pad(spread(prompts), ((0, 0), (0, s + drafts)),
-                     constant_values=ends.pad),
-      prompt=spread(prompt_valid),
-      column=jnp.full((count * group,), r - 1, jnp.int32),
-      logprobs=jnp.zeros((count * group, s), jnp.float32),
-      done=jnp.zeros((count * group,), bool),
-      keys=row_keys(key, names, group), cache=copy(cache), states=None,
-      ahead=None, counts=jnp.zeros((2 + drafts,), jnp.int32))
-  if drafts:
-    hidden = h if config.mtp.hidden == 'post_norm' else x
-    state = state._replace(
-        states=room(spread(hidden), 1),
-        ahead=copy(draft.read_prompts(params, hidden, prompts, prompt_valid,
-                                      config=config)))
-  logits = spread(decode.head(params, h[:, -1:]))
-  token, logp = decode.choose(logits, state.keys, state.column[:, None] + 1 - r,
-                       config.rollout, greedy)
-  return decode.emit(state, token, logp, jnp.ones_like(state.column), ends)
+  spread = functools.partial(jnp.repeat, repeats=group)
+  state = seat(over_rows(spread, seen), row_keys(key, names, group),
+               config=config, ends=ends, greedy=greedy)
+  more = state.tokens.shape[1] - prompts.shape[1]
+  return decode.over_columns(lambda x, axis: jnp.pad(x, [
+      (0, more if i == axis else 0) for i in range(x.ndim)]), state)
+
+
+def over_rows(function, tree):
+  """Return a `Prompts` with function(x, axis=its axis of rows) of each array.
+
+  Caches [L, P, N, R, C] have their rows on axis 1, all others on axis 0.
+  """
+  caches = lambda pair: jax.tree.map(lambda c: function(c, axis=1), pair)
+  out = jax.tree.map(lambda x: function(x, axis=0), tree._replace(
+      cache=None, ahead=None))
+  return out._replace(cache=caches(tree.cache), ahead=caches(tree.ahead))
 
 
 def generate(params, prompts, prompt_valid, names, key, *,
@@ -155,7 +206,8 @@ def make_generate(config: config_lib.Config, mesh, abstract, ends, group,
                   greedy=False):
   """Return the function (params, prompts, valid, key) -> `Drawn`, compiled.
 
-  Prompts and results are NumPy arrays, the same in every process.
+  Prompts and results are NumPy arrays, the same in every process. All rows are
+  decoded together; `slots.make_generate` decodes some at a time.
 
   Args:
     config: `config.Config`, its vocabulary resolved.
@@ -177,7 +229,8 @@ def make_generate(config: config_lib.Config, mesh, abstract, ends, group,
       in_shardings=(shardings, rows, rows, rows, None),
       out_shardings=Drawn(rows, rows, NamedSharding(mesh, P())))
 
-  def run(params, prompts, valid, key):
+  def run(params, prompts, valid, key, finished=None):
+    del finished  # all rows end together
     if mesh is not trained:  # a key is bound to the mesh it was made on
       key = np.asarray(jax.random.key_data(key))
     names = identify(prompts, valid)
