@@ -18,15 +18,9 @@ from mtp_rl.objectives import advantages
 from mtp_rl.report import run_figures
 from mtp_rl.rollout import experience
 from mtp_rl.run import endings, metrics
-from tests import batches, conftest, distributed_test
+from tests import batches, conftest, distributed_test, poison
 
 MESHES = {1: {}, 8: dict(data=2, fsdp=2, tensor=2)}
-
-
-def _poisoned(batch, value=np.nan):
-  spoilt = batch.advantages.copy()
-  spoilt[5] = value
-  return batch._replace(advantages=spoilt)
 
 
 @functools.cache
@@ -58,7 +52,7 @@ SIX = [batches.batch(1, seed) for seed in range(6)]
 
 
 def test_nan_at_step_3_of_6_is_left_out_on_one_device_and_on_eight():
-  given = SIX[:2] + [_poisoned(SIX[2])] + SIX[3:]
+  given = SIX[:2] + [poison.poisoned(SIX[2])] + SIX[3:]
   states, seen = _run(1, given)
   _equal(states[2]._replace(skipped=states[1].skipped), states[1])
   assert [int(v['skipped_updates']) for v in seen] == [0, 0, 1, 1, 1, 1]
@@ -75,14 +69,14 @@ def test_nan_at_step_3_of_6_is_left_out_on_one_device_and_on_eight():
 
 @pytest.mark.parametrize('value', [np.inf, 1e38])
 def test_infinities_and_overflow_count_as_well(value):
-  states, _ = _run(1, [SIX[0], _poisoned(SIX[1], value)])
+  states, _ = _run(1, [SIX[0], poison.poisoned(SIX[1], value)])
   _equal(states[1]._replace(skipped=None), states[0]._replace(skipped=None))
   assert states[1].skipped == (1, 1)
 
 
 def test_at_the_limit_nothing_changes_any_more():
   """The host may look later: what it finds is the state at the limit."""
-  bad = _poisoned(SIX[0])
+  bad = poison.poisoned(SIX[0])
   states, _ = _run(1, [SIX[0], bad, bad, bad, SIX[1], bad, SIX[2]])
   assert [int(s.skipped.in_a_row) for s in states] == [0, 1, 2, 3, 3, 3, 3]
   assert states[-1].skipped.total == 3
@@ -113,13 +107,7 @@ def test_finite_updates_are_what_the_optimiser_alone_makes():
 
 def _interfere(monkeypatch, bad_steps):
   """Make the rollouts of some RL steps poisonous, in their first minibatch."""
-  collect = experience.collect
-  def spoilt(actor, params, reference, step):
-    out = collect(actor, params, reference, step)
-    if step in bad_steps:
-      out = out._replace(batch=_poisoned(out.batch))
-    return out
-  monkeypatch.setattr(experience, 'collect', spoilt)
+  monkeypatch.setattr(experience, 'collect', poison.collector(bad_steps))
 
 
 def _six(**sections):
@@ -173,11 +161,10 @@ def test_figures_show_gaps():
 
 
 _SPOILER = '''
-import sys
-import pytest
-from tests import bad_updates_test as b
 from experiments import train
-b._interfere(pytest.MonkeyPatch(), (3,))
+from mtp_rl.rollout import experience
+from tests import poison
+experience.collect = poison.collector((3,))
 train.launch.run(train.main)
 '''
 
