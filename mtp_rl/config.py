@@ -142,6 +142,7 @@ class RL:
   kl_kind: str = 'k3'
   entropy_coef: float = 0.
   tis_cap: float = 0.  # cap of the sampler-trainer importance weight; 0: off
+  old_logprobs: str = 'scored'  # anew, or the sampler's own: 'rollout'
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -185,6 +186,7 @@ class Rollout:
   draft: int = 0  # tokens that the MTP modules draft a step; 0: off
   verify: str = 'coupled'  # the tokens of no drafts; or 'rejection'
   draft_rows: int = 0  # draft if at most so many rows are decoded; 0: always
+  draft_vocab: int = 0  # draft the first so many token ids alone; 0: all
   tensor: int = 0  # devices that split a layer to sample; 0: as in training
   expert: int = 0  # devices that split the experts while sampling
 

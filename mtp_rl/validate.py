@@ -33,6 +33,7 @@ CHOICES = {
     'rl.loss': ('ppo', 'gspo', 'cispo'),
     'rl.aggregation': masked.AGGREGATIONS,
     'rl.kl_kind': ('k1', 'k2', 'k3'),
+    'rl.old_logprobs': ('scored', 'rollout'),
     'warmup.train': ('all', 'mtp'),
     'warmup.mtp_loss': ('ce', *acceptance.LOSSES),
     'rollout.verify': ('coupled', 'rejection'),
@@ -68,7 +69,7 @@ _NOT_NEGATIVE = {
     'optim': ('weight_decay', 'clip', 'ramp'),
     'warmup': ('steps', 'mtp_coef'),
     'rollout': ('temperature', 'top_k', 'tensor', 'expert', 'draft',
-                'draft_rows', 'slots'),
+                'draft_rows', 'draft_vocab', 'slots'),
     'task': ('noisy_facts', 'noise'),
 }
 
@@ -219,23 +220,22 @@ def _validate_adapters(config: config_lib.Config):
 
 def _validate_sampling(config: config_lib.Config):
   r, mesh = config.rollout, config.mesh
+  if r.tensor or r.expert:
+    devices = mesh.data * mesh.fsdp * mesh.tensor * mesh.expert
+    split = (r.tensor or 1) * (r.expert or 1)
+    _need(devices % split == 0,
+          f'rollout.tensor={r.tensor} and rollout.expert={r.expert} split the '
+          f'sampler over {split} devices, which do not divide the '
+          f"mesh's {devices}; set divisors")
+    rows = devices // (r.tensor or 1)
+    _need(config.rl.prompts % rows == 0,
+          f'rl.prompts={config.rl.prompts} does not divide over the {rows} '
+          f'devices that rollout.tensor={r.tensor} leaves for rows; set '
+          'rollout.tensor higher')
   places = sharding.batch_devices(layout.sampling_config(config).mesh)
   _need(r.slots % places == 0,
         f'rollout.slots={r.slots} does not divide over the {places} devices '
         'that rows are split over while sampling; set a multiple')
-  if not (r.tensor or r.expert):
-    return
-  devices = mesh.data * mesh.fsdp * mesh.tensor * mesh.expert
-  split = (r.tensor or 1) * (r.expert or 1)
-  _need(devices % split == 0,
-        f'rollout.tensor={r.tensor} and rollout.expert={r.expert} split the '
-        f'sampler over {split} devices, which do not divide the '
-        f"mesh's {devices}; set divisors")
-  rows = devices // (r.tensor or 1)
-  _need(config.rl.prompts % rows == 0,
-        f'rl.prompts={config.rl.prompts} does not divide over the {rows} '
-        f'devices that rollout.tensor={r.tensor} leaves for rows; set '
-        'rollout.tensor higher')
 
 
 def _validate_packing(config: config_lib.Config):

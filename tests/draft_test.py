@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 
 from mtp_rl import config as config_lib
-from mtp_rl import forward, types
-from mtp_rl.rollout import decode, draft, sampler
+from mtp_rl import forward, prng, types
+from mtp_rl.rollout import decode, describe, draft, sampler
 from mtp_rl.rollout import prompts as prompts_lib
 from tests import conftest, sampler_test
 
@@ -39,7 +40,8 @@ MOE = dict(experts=4, experts_per_token=2, expert_ff=16, dense_layers=1)
 @pytest.mark.parametrize('mtp, drafts, model, rollout, greedy', [
     (dict(modules=1), 1, {}, {}, False),
     (dict(modules=2), 2, {}, dict(top_k=4, temperature=.8), False),
-    (dict(modules=1), 3, {}, dict(top_p=.8), False),  # one module, three times
+    # One module, three times, that drafts the first tokens of the vocabulary.
+    (dict(modules=1), 3, {}, dict(top_p=.8, draft_vocab=V - 3), False),
     conftest.long(dict(modules=3), 3, {}, {}, True),
     conftest.long(dict(modules=2, kind='parallel'), 3, {}, {}, False),
     conftest.long(dict(modules=1, unroll=2, hidden='pre_norm',
@@ -60,8 +62,9 @@ def test_coupled_drafts_change_no_token(mtp, drafts, model, rollout, greedy):
   np.testing.assert_allclose(got.logprobs, plain.logprobs, atol=1e-5)
   valid = got.rows.valid[:, 6:]
   assert valid[:, -1].any() and (greedy or model or not valid[:, -1].all())
-  forwards, tokens, *accepted = got.counts.tolist()
+  forwards, tokens, drafted, *accepted = got.counts.tolist()
   assert plain.counts[1] == tokens == valid.sum() - len(valid)
+  assert drafted == forwards and plain.counts[2] == 0
   assert accepted == sorted(accepted, reverse=True) and accepted[0] > 0
   assert forwards < tokens  # some drafts were accepted
   # Fewer tokens count than were accepted where a row ended inside its drafts.
@@ -165,9 +168,11 @@ def test_rejection_has_the_exact_distribution():
   assert abs(kept[:, 0].mean() - want) < 4 * (want * (1 - want) / n) ** .5
 
 
-def test_rejection_in_the_sampler_draws_from_the_model():
+@pytest.mark.parametrize('vocab', [0, conftest.long(V // 2)])
+def test_rejection_in_the_sampler_draws_from_the_model(vocab):
   """Counts of the first three tokens of 6,000 samples, with and without."""
-  config = _config(dict(modules=1, regime='detach'), max_response=3)
+  config = _config(dict(modules=1, regime='detach'), max_response=3,
+                   draft_vocab=vocab)
   params = _params(config)
   run = functools.partial(sampler_test._generate, params, texts=['ab'],
                           group=6000)
@@ -181,7 +186,24 @@ def test_rejection_in_the_sampler_draws_from_the_model():
   common = both[:, both.sum(0) >= 20]
   assert common.shape[1] >= 5
   assert stats.chi2_contingency(common).pvalue > 1e-3
-  assert got.counts[2] > 1000
+  assert got.counts[3] > (100 if vocab else 1000)
+
+
+def test_a_token_keeps_its_noise_in_a_smaller_vocabulary():
+  keys, places = jax.random.split(jax.random.key(0), 2), jnp.ones((2, 1), int)
+  small, large = (decode.noise(keys, places, (n,), prng.Draw.TOKEN)
+                  for n in (5, 49))
+  np.testing.assert_array_equal(small, large[..., :5])
+
+
+def test_drafts_in_vain_are_said_once(caplog):
+  logging.get_absl_logger().propagate = True
+  for accepted in ([300, 200], [3, 0], [2, 0]):
+    row = describe.drafting(np.array([400, 500, 300, *accepted]))
+  said = [r.getMessage() for r in caplog.records]
+  assert len(said) == 1 and 'of 300 first drafts 3 were accepted' in said[0]
+  assert row == {'rollout/tokens_per_forward': 1.25, 'rollout/draft_share': .75,
+                 'rollout/accepted_1': 2 / 300, 'rollout/accepted_2': 0}
 
 
 @pytest.mark.parametrize('settings, words', [

@@ -51,23 +51,36 @@ def _generate(task):
       tokens[row, R:R + len(ids)] = ids
       there[row, R:R + len(ids)] = True
     return sampler.Drawn(types.Tokens(tokens, there),
-                         np.zeros((P * G, S), np.float32), np.array([1, 1]))
+                         np.zeros((P * G, S), np.float32),
+                         np.array([1, 1, 0]))
   return generate
 
 
-def _collect(plan, step=5, **rl):
-  config = conftest.tiny_config(rl=dict(prompts=P, group=G) | rl)
+def _collect(plan, step=5, mtp=None, **rl):
+  config = conftest.tiny_config(rl=dict(prompts=P, group=G) | rl, mtp=mtp or {})
   task = Digits(plan)
-  zeros = np.zeros((P * G, S), np.float32)
   score = lambda *_: logprobs.LogProbs(
-      zeros, np.zeros((P * G, S, 0), np.float32), zeros,
-      np.zeros((P * G, S, 0), np.float32), np.zeros((P * G, S, 0), np.float32))
+      np.full((P * G, S), -.5, np.float32), *(np.zeros(shape, np.float32)
+      for shape in ((P * G, S, 1), (P * G, S), (P * G, S, 1), (P * G, S, 1))))
   actor = experience.Actor(config, task, place=lambda params: params,
                            generate=_generate(task), score=score,
                            key=jax.random.key(0))
   rollout = experience.collect(actor, None, None, step)
   samples = [rollout.sample(i, task.tokenizer) for i in range(P * G)]
   return task, rollout.batch, rollout.metrics, samples
+
+
+@pytest.mark.parametrize('mtp, scored', [
+    ({}, False), (dict(reference='mtp_old'), True),
+    (dict(reference='mtp_old', modules=0, regime='rl_only'), False)])
+def test_the_samplers_log_probs_spare_the_scoring(mtp, scored):
+  _, batch, metrics, _ = _collect([[0, 1, 4, 2, 0, 0, 3, 4]], mtp=mtp,
+                                  old_logprobs='rollout')
+  np.testing.assert_array_equal(batch.old_main, batch.sampler)
+  assert batch.old_mtp.shape == (P * G, S, mtp.get('modules', 1))
+  assert ('actor/entropy' in metrics) == scored
+  _, batch, metrics, _ = _collect([[0, 1, 4, 2, 0, 0, 3, 4]], mtp=mtp)
+  assert (batch.old_main == -.5).all() and 'actor/entropy' in metrics
 
 
 def _groups(rows):

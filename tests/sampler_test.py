@@ -115,7 +115,7 @@ def test_the_loop_stops_when_all_rows_are_done(monkeypatch):
   jax.effects_barrier()
   assert len(steps) == 2  # the prefill's, and one step's
   np.testing.assert_array_equal(drawn.rows.valid[:, 6:].sum(1), [2] * 4)
-  assert drawn.counts.tolist() == [4, 4]
+  assert drawn.counts.tolist() == [4, 4, 0]
 
 
 def test_a_completion_depends_on_its_prompt_and_sample_alone():

@@ -29,8 +29,9 @@ class SamplingState(NamedTuple):
     states: what depth 1 reads, [B, U, D]; None without drafts.
     ahead: keys and values of the MTP modules, [rollout.draft, B, N, U, C];
       None without drafts.
-    counts: int32 [2 + draft]: forward passes of the trunk that rows took part
-      in, tokens drawn by them, and how many of them accepted draft 1, 2, ...
+    counts: int32 [3 + draft]: forward passes of the trunk that rows took part
+      in, tokens drawn by them, how many of them had drafts, and how many
+      accepted draft 1, 2, ...
   """
   tokens: jax.Array
   prompt: jax.Array
@@ -76,6 +77,8 @@ def tempered(logits, rollout: config_lib.Rollout):
 def noise(keys, places, shape, purpose):
   """Return Gumbel noise for W places of every row, float32 [B, W, *shape].
 
+  A token's noise does not depend on the size of the vocabulary.
+
   Args:
     keys: PRNG keys [B].
     places: int32 [B, W], response columns.
@@ -108,12 +111,17 @@ def choose(logits, keys, places, rollout: config_lib.Rollout, greedy):
   return token, jnp.take_along_axis(logp, token[..., None], -1)[..., 0]
 
 
-def head(params, h):
-  """Return logits, float32 [B, W, V], of states after the final norm."""
-  logits = jnp.matmul(
-      h.reshape(-1, h.shape[-1]),
-      transformer.head_matrix(params).astype(h.dtype),
-      preferred_element_type=jnp.float32)
+def head(params, h, first=0):
+  """Return logits, float32 [B, W, V], of states after the final norm.
+
+  Args:
+    params: the model's parameters.
+    h: [B, W, D].
+    first: only those of the first so many tokens; 0: of all.
+  """
+  matrix = transformer.head_matrix(params)[:, :first or None]
+  logits = jnp.matmul(h.reshape(-1, h.shape[-1]), matrix.astype(h.dtype),
+                      preferred_element_type=jnp.float32)
   return logits.reshape(*h.shape[:2], -1)
 
 
@@ -223,8 +231,9 @@ def count_forward(state, emitted, *accepted):
     *accepted: bool [B] each, rows that accepted draft 1, 2, ...
   """
   alive = ~state.done
-  more = [jnp.sum(alive), jnp.sum(emitted.column - state.column),
-          *[jnp.sum(a & alive) for a in accepted]]
+  rows = jnp.sum(alive)
+  more = [rows, jnp.sum(emitted.column - state.column),
+          rows * bool(accepted), *[jnp.sum(a & alive) for a in accepted]]
   more += [0] * (len(state.counts) - len(more))
   return state.counts + jnp.stack([jnp.int32(n) for n in more])
 

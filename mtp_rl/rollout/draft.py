@@ -17,6 +17,10 @@ p and q are tempered and restricted alike. Depth k of the modules reads the
 states of depth k - 1 and the tokens k ahead (models/mtp.py), and attends to its
 own keys of earlier columns. Those within k columns of the end were computed
 from drafts, so each step computes the last `window` columns again.
+
+Most of a draft's cost is the output head. With rollout.draft_vocab=n it is
+computed for the first n token ids alone; in byte-pair vocabularies these are
+the frequent ones. The others are then never drafted, but drawn as ever.
 """
 
 import jax
@@ -110,7 +114,8 @@ def propose(params, state, draw, *, config: config_lib.Config):
     config: `config.Config`.
 
   Returns:
-    int32 [B, k], float32 [B, k, V], and keys and values [k, B, N, U, C].
+    int32 [B, k], float32 [B, k, V] (or rollout.draft_vocab of them), and keys
+    and values [k, B, N, U, C].
   """
   count = window(config)
   start = state.column - count
@@ -126,7 +131,8 @@ def propose(params, state, draw, *, config: config_lib.Config):
         params, k, hidden if _reads_trunk(k, config) else below,
         line[:, k - 1:], places, here, past, config)
     made.append(new)
-    logits.append(decode.head(params, below[:, -1:]))
+    logits.append(decode.head(params, below[:, -1:],
+                              config.rollout.draft_vocab))
     line = jnp.concatenate([line, draw(logits[-1], place + k - 1)], 1)
   made = jax.tree.map(lambda *c: jnp.concatenate(c), *made)
   # Tokens are never negative. So the write waits for the last depth to read;
@@ -191,8 +197,12 @@ def speculate(params, state, *, config: config_lib.Config, ends, greedy=False):
     scored, target = decode.tempered(logits, r)
     uniform = jnp.exp(-jnp.exp(-decode.noise(  # of a Gumbel variable: its cdf
         state.keys, places[:, :-1], (), prng.Draw.ACCEPT)))
+    proposed = jnp.pad(
+        decode.tempered(proposal, r)[1],
+        ((0, 0), (0, 0), (0, target.shape[-1] - proposal.shape[-1])),
+        constant_values=-jnp.inf)
     tokens, kept = reject(
-        target, decode.tempered(proposal, r)[1], drafts, uniform,
+        target, proposed, drafts, uniform,
         decode.noise(state.keys, places, target.shape[-1:], prng.Draw.TOKEN))
     logp = jnp.take_along_axis(scored, tokens[..., None], -1)[..., 0]
   after = decode.emit(state, tokens, logp, jnp.sum(kept, 1) + 1, ends)

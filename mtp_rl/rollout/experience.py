@@ -10,6 +10,7 @@ import numpy as np
 from mtp_rl import config as config_lib
 from mtp_rl import distributed, prng, types
 from mtp_rl.objectives import advantages as advantages_lib
+from mtp_rl.objectives import logprobs
 from mtp_rl.rollout import describe, judge
 from mtp_rl.rollout import prompts as prompts_lib
 
@@ -71,7 +72,7 @@ class _Draw(NamedTuple):
     examples: object [B], the `types.Example` of each row.
     costs: float64 [draws, 4], seconds to generate, seconds to reward, tokens
       generated, and rewards that were not finite.
-    counts: int32 [draws, 2 + drafts], see `decode.SamplingState`.
+    counts: int32 [draws, 3 + drafts], see `decode.SamplingState`.
     seconds: list of draws, see `sampler.Drawn`.
   """
   tokens: np.ndarray
@@ -173,11 +174,25 @@ def collect(actor: Actor, params, reference_params, step):
   return Rollout(batch, list(drawn.examples), drawn.rewards, metrics)
 
 
+def _old(actor, params, rows, sampled):
+  """Return the `logprobs.LogProbs` of the policy before the updates.
+
+  The sampler's own spare a forward pass, unless the modules' are asked for.
+  """
+  m = actor.config.mtp
+  if actor.config.rl.old_logprobs == 'scored':
+    return actor.score(params, rows)
+  if m.reference == 'mtp_old' and m.regime != 'rl_only':
+    return actor.score(params, rows)._replace(main=sampled)
+  unread = np.zeros((*sampled.shape, config_lib.depths(m)), np.float32)
+  return logprobs.LogProbs(sampled, unread)
+
+
 def _batch(actor, params, reference_params, drawn):
   """Return a draw's `types.RolloutBatch`, old log-probs, overlong penalty."""
   config = actor.config
   rows = types.Tokens(drawn.tokens, drawn.valid)
-  old = actor.score(params, rows)
+  old = _old(actor, params, rows, drawn.sampled)
   reference = old.main
   if reference_params is not None:
     reference = actor.score(reference_params, rows).main

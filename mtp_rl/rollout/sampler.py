@@ -125,7 +125,7 @@ def seat(prompts: Prompts, keys, *, config: config_lib.Config, ends,
       logprobs=jnp.zeros((rows, s), jnp.float32),
       done=jnp.zeros((rows,), bool), keys=keys, cache=prompts.cache,
       states=prompts.states, ahead=prompts.ahead,
-      counts=jnp.zeros((2 + drafts,), jnp.int32))
+      counts=jnp.zeros((3 + drafts,), jnp.int32))
   token, logp = decode.choose(prompts.logits, keys,
                               jnp.zeros((rows, 1), jnp.int32),
                               config.rollout, greedy)

@@ -138,7 +138,7 @@ def empty(prompts, keys, slots, drafts, config: config_lib.Config):
       jnp.zeros((slots,), jnp.int32), jnp.zeros((slots, s), jnp.float32),
       jnp.ones((slots,), bool), jnp.broadcast_to(keys[0], (slots,)),
       caches(prompts.cache), states, caches(prompts.ahead) if drafts else None,
-      jnp.zeros((2 + more,), jnp.int32)))
+      jnp.zeros((3 + more,), jnp.int32)))
 
 
 class _Programs:
