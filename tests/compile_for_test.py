@@ -7,7 +7,7 @@ import pytest
 
 from mtp_rl import config as config_lib
 from mtp_rl import sharding
-from mtp_rl.aot import programs
+from mtp_rl.aot import programs, targets
 from tests import conftest
 
 TOPOLOGY, V = 'v5p:2x2x1', 1664
@@ -35,9 +35,9 @@ def _rows():
 def test_a_small_config_compiles_for_a_tpu(rows):
   for name, row in rows.items():
     assert row.error is None, (name, row.error)
-    assert programs.fits(row, programs.chip(TOPOLOGY))
+    assert programs.fits(row, targets.chip(TOPOLOGY))
     assert 0 < row.arguments < row.peak
-    json.dumps(programs.to_dict(row, programs.chip(TOPOLOGY)))
+    json.dumps(programs.to_dict(row, targets.chip(TOPOLOGY)))
 
 
 def test_flops_are_those_of_the_matmuls(rows):
@@ -108,7 +108,7 @@ def test_a_decoding_step_gathers_no_parameters(rows):
 
 def test_unknown_slices_and_unset_vocabularies_are_refused():
   with pytest.raises(config_lib.ConfigError, match='no known chip'):
-    programs.chip('v99:2x2')
+    targets.chip('v99:2x2')
   config = _config()
   config.model.vocab_size = 0
   with pytest.raises(config_lib.ConfigError, match='set model.vocab_size'):
