@@ -10,7 +10,8 @@ import pytest
 
 from mtp_rl import config as config_lib
 from mtp_rl import forward, gradients, sharding, tokenizers
-from mtp_rl.models import moe
+from mtp_rl.aot import hlo
+from mtp_rl.models import expert_blocks, moe
 from mtp_rl.objectives import logprobs
 from mtp_rl.rollout import describe
 from tests import batches
@@ -36,7 +37,7 @@ def _sparse(p, bias, m=M, dtype='float32', form='blocks'):
   masters = tuple(p[n] for n in ('gate', 'up', 'down'))
   mix = functools.partial(moe.on_mesh, form=form)
   return mix(x, chosen, weights, tuple(
-      w.astype(x.dtype) for w in masters), masters)
+      jnp.asarray(w, x.dtype) for w in masters), masters)
 
 
 def _dense(p, bias, m=M):
@@ -212,3 +213,30 @@ def test_hessian_vector_products_pass_the_whole_model(monkeypatch):
   batches.assert_close(sparse, product(), rtol=1e-3, atol=1e-4)
   assert np.abs(sparse[1]['blocks']['layers']['experts']['down']['kernel']
                 ).max() > 1e-3
+
+
+def flops_of_blocks(experts, grad, lower=lambda f, *args: jax.jit(f).lower(
+    *args)):
+  """Return FLOPs by the compiled text, and those of the copies of tokens.
+
+  The gradient has 11 products for the 3 of the forward pass: two are computed
+  again, and each has two.
+  """
+  n, k, d, f = 512, 4, 16, 8
+  x, weights = jnp.ones((n, d)), jnp.ones((n, k))
+  kernels = tuple(jnp.ones((experts, *shape)) for shape in (
+      (d, f), (d, f), (f, d)))
+  chosen = jnp.zeros((n, k), jnp.int32)
+  mix = lambda x, weights, kernels: jnp.sum(expert_blocks.mixture(
+      x, chosen, weights, kernels, kernels) ** 2)
+  text = lower(jax.value_and_grad(mix, (0, 1, 2)) if grad else mix, x, weights,
+               kernels).compile().as_text()
+  return hlo.summarise(text).flops, 2 * n * k * d * f * (11 if grad else 3)
+
+
+@pytest.mark.parametrize('grad', (False, True))
+def test_flops_are_those_of_the_tokens_routed(grad):
+  for experts in (4, 16, 64):
+    got, least = flops_of_blocks(experts, grad)
+    # An expert's last block is padded; evenly filled experts have four blocks.
+    assert least <= got <= 1.25 * least, (experts, got / least)
