@@ -14,8 +14,8 @@ TOPOLOGY, V = 'v5p:2x2x1', 1664
 GIB = 2 ** 30
 
 
-def _config(**sections):
-  """Two layers of the sizes that the splash kernel takes, bfloat16."""
+def small_config(**sections):
+  """Two layers of the sizes that the kernels take, bfloat16."""
   return conftest.tiny_config(
       model=dict(d_model=256, n_heads=2, n_kv_heads=2, head_dim=128, d_ff=384,
                  vocab_size=V, dtype='bfloat16', tie_embeddings=False,
@@ -27,7 +27,7 @@ def _config(**sections):
 @pytest.fixture(scope='module', name='rows')
 def _rows():
   pytest.importorskip('libtpu')
-  config = _config()
+  config = small_config()
   return {row.name: row for row in programs.compile_all(
       config, TOPOLOGY, ['occ', 'score', 'decode', 'reshard'])}
 
@@ -40,14 +40,18 @@ def test_a_small_config_compiles_for_a_tpu(rows):
     json.dumps(programs.to_dict(row, targets.chip(TOPOLOGY)))
 
 
-def test_flops_are_those_of_the_matmuls(rows):
+def check_flops(row):
   """Weights x tokens x 6, one more pass recomputed; attention and head."""
-  config = _config()
-  tokens = rows['occ'].tokens / 4
+  config = small_config()
+  tokens = row.tokens / 4
   kernels = 3 * (4 * 256 * 256 + 3 * 256 * 384) + 512 * 256  # 2 blocks, MTP's
   head = 2 * 256 * V * config.rollout.max_response / 256
   least = 6 * tokens * (kernels + head)
-  assert least < rows['occ'].summary.flops < 2 * least
+  assert least < row.summary.flops < 2 * least
+
+
+def test_flops_are_those_of_the_matmuls(rows):
+  check_flops(rows['occ'])
 
 
 def test_no_array_of_tokens_times_vocabulary_for_a_tpu(rows):
@@ -58,7 +62,7 @@ def test_no_array_of_tokens_times_vocabulary_for_a_tpu(rows):
 
 def test_whole_logits_are_found_where_the_vocabulary_is_split():
   pytest.importorskip('libtpu')
-  config = _config()
+  config = small_config()
   config.mesh.fsdp, config.mesh.tensor, config.rollout.tensor = 2, 2, 0
   config.model.head_chunk = 0
   row, = programs.compile_all(config, TOPOLOGY, ['rl_only'])
@@ -68,7 +72,7 @@ def test_whole_logits_are_found_where_the_vocabulary_is_split():
 
 
 def test_the_state_beside_a_program_counts(rows):
-  config = _config()
+  config = small_config()
   moments = 3 * 4 * sum(
       n for n in [2 * V * 256, 3 * (4 * 256 * 256 + 3 * 256 * 384), 512 * 256])
   assert rows['occ'].beside == 0 < rows['score'].beside < moments / 4
@@ -77,7 +81,7 @@ def test_the_state_beside_a_program_counts(rows):
 
 
 def test_all_names_are_checked_before_the_first_is_compiled():
-  config = _config(mtp=dict(regime='occ'), occ=dict(estimator='readout'))
+  config = small_config(mtp=dict(regime='occ'), occ=dict(estimator='readout'))
   assert programs.resolve('occ', config).occ.estimator == 'readout'
   assert programs.resolve('detach', config).occ.estimator == 'logprob'
   with pytest.raises(config_lib.ConfigError, match="'ooc' is unknown"):
@@ -90,7 +94,7 @@ def test_all_names_are_checked_before_the_first_is_compiled():
 
 
 def test_a_packed_update_reads_segments():
-  config = _config(rl=dict(pack=True))
+  config = small_config(rl=dict(pack=True))
   mesh = sharding.make_mesh(config_lib.Mesh(fsdp=4))
   batch = programs._batch(config, mesh)
   assert batch.segments.dtype == jnp.int32
@@ -109,7 +113,7 @@ def test_a_decoding_step_gathers_no_parameters(rows):
 def test_unknown_slices_and_unset_vocabularies_are_refused():
   with pytest.raises(config_lib.ConfigError, match='no known chip'):
     targets.chip('v99:2x2')
-  config = _config()
+  config = small_config()
   config.model.vocab_size = 0
   with pytest.raises(config_lib.ConfigError, match='set model.vocab_size'):
     next(programs.compile_all(config, TOPOLOGY, ['occ']))
@@ -117,7 +121,7 @@ def test_unknown_slices_and_unset_vocabularies_are_refused():
 
 def test_a_mesh_must_fill_the_slice():
   pytest.importorskip('libtpu')
-  config = _config()
+  config = small_config()
   config.mesh.fsdp = 2
   with pytest.raises(config_lib.ConfigError, match='fsdp=4'):
     next(programs.compile_all(config, TOPOLOGY, ['occ']))
