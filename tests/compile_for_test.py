@@ -2,12 +2,13 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from mtp_rl import config as config_lib
 from mtp_rl import sharding
-from mtp_rl.aot import programs, targets
+from mtp_rl.aot import hlo, programs, targets
 from tests import conftest
 
 TOPOLOGY, V = 'v5p:2x2x1', 1664
@@ -89,8 +90,9 @@ def test_all_names_are_checked_before_the_first_is_compiled():
   with pytest.raises(config_lib.ConfigError, match='choose a regime'):
     programs.resolve('prefill:exact', config)
   config.rollout.tensor = 0
-  with pytest.raises(config_lib.ConfigError, match='leave the program out'):
-    programs.resolve('reshard', config)
+  for name in ('reshard', 'window'):
+    with pytest.raises(config_lib.ConfigError, match='leave the program out'):
+      programs.resolve(name, config)
 
 
 def test_a_packed_update_reads_segments():
@@ -108,6 +110,53 @@ def test_a_decoding_step_gathers_no_parameters(rows):
   moved = rows['decode'].summary.collectives
   weights = 2 * 2 * (4 * 256 * 256 + 3 * 256 * 384)
   assert moved.get('all-gather', 0) < weights / 4
+
+
+def copies_in_loops(text, dims):
+  """Return copies of arrays [n, *dims], any n, in the bodies of loops."""
+  computations, _ = hlo.parse(text)
+  inside = [name for instructions in computations.values()
+            for i in instructions for role, name in hlo.called(i)
+            if role == 'body']
+  assert inside
+  for name in inside:
+    inside += {other for i in computations[name] for _, other in hlo.called(i)
+               if other not in inside}
+  return [i for name in inside for i in computations[name]
+          if i.opcode in ('copy', 'copy-start')
+          and any(shape[1:] == dims for _, shape in hlo.shapes(i.type))]
+
+
+def check_copies(topology, name, draft):
+  """Compile a part of the sampler with a large cache; it may not be copied."""
+  config = small_config(rl=dict(prompts=256, group=16))
+  config.rollout.slots, config.rollout.draft = 2048, draft
+  mesh = sharding.make_mesh(config.mesh, targets.devices(topology))
+  with jax.set_mesh(mesh):
+    lowered, *_ = programs._program(name, config, mesh)
+  text = lowered.compile(compiler_options=targets.options(topology)).as_text()
+  rows = (config.rollout.slots if name == 'window'
+          else config.rl.prompts * config.rl.group)
+  # Rows are split over 2 devices, heads over 2.
+  dims = rows // 2, 1, 256 + draft, 128
+  assert f'bf16[2,{",".join(map(str, dims))}]' in text
+  assert not copies_in_loops(text, dims)
+
+
+@pytest.mark.parametrize('name, draft', [
+    ('rollout', 0), ('window', 0), ('window', 2)])
+def test_the_loop_of_decoding_copies_no_cache(name, draft):
+  """Else a step costs layers x cache."""
+  pytest.importorskip('libtpu')
+  check_copies(TOPOLOGY, name, draft)
+
+
+def test_a_copy_in_a_loop_is_seen():
+  before = lambda i, pair: (pair[0].at[i % 2, i].set(1.), pair[0])
+  text = jax.jit(lambda c: jax.lax.fori_loop(0, 9, before, (c, c))).lower(
+      jnp.ones((2, 64, 128))).compile().as_text()
+  assert copies_in_loops(text, (64, 128))
+  assert not copies_in_loops(text, (64, 64))
 
 
 def test_unknown_slices_and_unset_vocabularies_are_refused():

@@ -108,6 +108,11 @@ def test_no_array_of_tokens_times_vocabulary(rows):
   assert size <= 4 * tokens * compile_for_test.V / 4, (kind, where)
 
 
+@pytest.mark.parametrize('name, draft', [('rollout', 0), ('window', 2)])
+def test_the_loop_of_decoding_copies_no_cache(name, draft):
+  compile_for_test.check_copies('h100:1x1x4', name, draft)
+
+
 def test_unknown_topologies_are_refused():
   with pytest.raises(config_lib.ConfigError, match='hosts x GPUs'):
     targets.chip('h99:1x1x8')

@@ -96,15 +96,16 @@ def score(steps, config: config_lib.Config, mesh):
 
 
 def _placed(state, config: config_lib.Config, mesh):
-  """Return the shardings of a `decode.SamplingState`."""
+  """Return the shardings of a `decode.SamplingState` or `sampler.Prompts`."""
   rows = sharding.batch_sharding(mesh)
   cache = NamedSharding(mesh, P(None, sharding.BATCH, 'tensor'
                                 if config.model.n_kv_heads
                                 % mesh.shape['tensor'] == 0 else None))
   heads = lambda pair: jax.tree.map(lambda _: cache, pair)
-  return jax.tree.map(lambda _: rows, state)._replace(
-      cache=heads(state.cache), ahead=heads(state.ahead),
-      counts=NamedSharding(mesh, P()))
+  out = jax.tree.map(lambda _: rows, state)._replace(
+      cache=heads(state.cache), ahead=heads(state.ahead))
+  return out._replace(counts=NamedSharding(mesh, P())) if hasattr(
+      state, 'counts') else out
 
 
 def rollout(name, params, config: config_lib.Config, mesh):
@@ -149,6 +150,19 @@ def _with(tree_, shardings):
   """Return a tree's ShapeDtypeStructs with shardings."""
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=s), tree_, shardings)
+
+
+def _waiting(params, config: config_lib.Config, mesh):
+  """Return the bytes of the prompts that `slots` keeps during a window."""
+  mesh = layout.sampling_mesh(config, mesh)
+  shape = config.rl.prompts, config.rollout.max_prompt
+  with jax.set_mesh(mesh):
+    seen = jax.eval_shape(
+        functools.partial(sampler.read, config=config), params,
+        jax.ShapeDtypeStruct(shape, jnp.int32),
+        jax.ShapeDtypeStruct(shape, bool))
+  placed = _placed(seen._replace(logits=None), config, mesh)
+  return _shard_bytes(_with(seen._replace(logits=None), placed))
 
 
 def _window(params, asked, config: config_lib.Config, ends, mesh):
@@ -224,6 +238,8 @@ def _program(name, config: config_lib.Config, mesh):
   if name in SAMPLING:
     read = layout.abstract(params, config, mesh)
     beside = resident - (_shard_bytes(params) if read is params else 0)
+    if name == 'window':
+      beside += _waiting(read, config, mesh)
     return *rollout(name, read, config, mesh), read, beside
   if name == 'reshard':
     move = layout.mover(params, config, mesh)
