@@ -55,6 +55,30 @@ def test_flops_are_those_of_the_matmuls(rows):
   check_flops(rows['occ'])
 
 
+def check_dense_flops(topology, products):
+  """An update without recomputation has the FLOPs of its formula within 1 %.
+
+  Args:
+    topology: four devices.
+    products: matmuls T x T of the attention kernel, forward and backward.
+  """
+  config = small_config(mtp=dict(regime='rl_only', modules=0))
+  config.model.remat, config.model.head_chunk = 'none', 0
+  row, = programs.compile_all(config, topology, ['rl_only'])
+  assert row.error is None, row.error
+  t, scored = 256, config.rollout.max_response
+  rows = row.tokens / t / 4
+  kernels = 2 * (4 * 256 * 256 + 3 * 256 * 384)
+  attention = 2 * products * 2 * t * (t + 1) / 2 * 256
+  want = rows * (6 * (t * kernels + scored * 256 * V) + attention)
+  assert abs(row.summary.flops / want - 1) < .01, row.summary.flops / want
+
+
+def test_a_dense_update_has_the_flops_of_its_formula():
+  pytest.importorskip('libtpu')
+  check_dense_flops(TOPOLOGY, 2 + 7)
+
+
 def test_no_array_of_tokens_times_vocabulary_for_a_tpu(rows):
   size, kind, where = rows['occ'].summary.vocabulary
   tokens = rows['occ'].tokens / 4

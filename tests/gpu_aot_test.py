@@ -16,9 +16,12 @@ from mtp_rl.aot import hlo, programs, targets
 from mtp_rl.models import attention
 from tests import compile_for_test, moe_test
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec('jax_cuda13_plugin') is None,
-    reason='needs the extra gpu-aot')
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec('jax_cuda13_plugin') is None,
+        reason='needs the extra gpu-aot'),
+    # A program of another machine's cannot be read back.
+    pytest.mark.filterwarnings('ignore:Error reading persistent compilation')]
 ROWS, INNER, OUT = 4096, 512, 1024
 
 
@@ -100,6 +103,11 @@ def test_a_small_config_compiles_for_gpus(rows):
 
 def test_flops_of_the_small_config(rows):
   compile_for_test.check_flops(rows['occ'])
+
+
+def test_a_dense_update_has_the_flops_of_its_formula():
+  pytest.importorskip('nvidia.cudnn')
+  compile_for_test.check_dense_flops('h100:1x1x4', 2 + 5)
 
 
 def test_no_array_of_tokens_times_vocabulary(rows):
