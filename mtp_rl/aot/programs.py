@@ -111,11 +111,11 @@ def _placed(state, config: config_lib.Config, mesh):
 def rollout(name, params, config: config_lib.Config, mesh):
   """Return (lowered, tokens) of a part of the sampler.
 
-  'prefill' reads all prompts of an RL step and copies their caches to the
-  samples, 'decode' is one step of all samples (with rollout.draft it drafts
-  and verifies), 'window' the steps that rollout.slots rows take together,
-  'rollout' is the whole loop as in a run without slots. `params` are abstract,
-  in the sampling layout.
+  'prefill' reads all prompts of an RL step and, without rollout.slots, copies
+  their caches to the samples; 'decode' is one step of all samples (with
+  rollout.draft it drafts and verifies), 'window' the steps that rollout.slots
+  rows take together, 'rollout' the whole loop without slots. `params` are
+  abstract, in the sampling layout.
   """
   ends, group = tokenizers.CharTokenizer('').ends, config.rl.group
   fixed = dict(config=config, ends=ends)
@@ -130,6 +130,9 @@ def rollout(name, params, config: config_lib.Config, mesh):
   with jax.set_mesh(mesh):
     if name == 'window':
       return _window(params, asked, config, ends, mesh)
+    if name == 'prefill' and config.rollout.slots:
+      read = functools.partial(sampler.read, config=config)
+      return jax.jit(read).lower(params, *asked[:2]), math.prod(shape)
     state = jax.eval_shape(prefill, params, *asked)
     placed = _placed(state, config, mesh)
     if name == 'prefill':
