@@ -69,6 +69,7 @@ class Model:
   experts: int = 0  # E routed experts a layer; 0: one dense SwiGLU of d_ff
   experts_per_token: int = 0  # experts that a token is routed to
   expert_ff: int = 0  # inner width of one expert
+  expert_form: str = 'auto'  # of their matmuls; see models/moe.py
   shared_experts: int = 0  # experts that every token takes, as one SwiGLU
   dense_layers: int = 0  # first layers that keep the dense SwiGLU
   router: str = 'sigmoid'  # with a correction bias; or 'softmax', without

@@ -34,6 +34,13 @@ RULES = (
 )
 
 
+def platform():
+  """Return what is compiled for: 'tpu', 'gpu' or 'cpu'."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  name = device.platform if device else jax.default_backend()
+  return 'gpu' if name in ('cuda', 'rocm') else name
+
+
 def make_mesh(mesh_config: config_lib.Mesh, devices=None):
   """Return the device mesh of a config.
 

@@ -14,6 +14,7 @@ TARGETS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
 CHOICES = {
     'model.remat': ('none', 'dots', 'attention', 'block'),
     'optim.mu_dtype': ('float32', 'bfloat16'),
+    'model.expert_form': ('auto', 'ragged', 'blocks'),
     'model.attention': ('auto', 'plain', 'blocks', 'splash', 'cudnn'),
     'model.dtype': ('float32', 'bfloat16'),
     'model.rope_type': rope.TYPES,

@@ -10,7 +10,8 @@ import pytest
 
 from mtp_rl import config as config_lib
 from mtp_rl import forward, gradients, sharding, tokenizers
-from mtp_rl.models import moe
+from mtp_rl.aot import hlo
+from mtp_rl.models import expert_blocks, moe
 from mtp_rl.objectives import logprobs
 from mtp_rl.rollout import describe
 from tests import batches
@@ -30,12 +31,13 @@ def _inputs(n=7, m=M):
               up=draw(e, d, f), down=draw(e, f, d)), draw(e)
 
 
-def _sparse(p, bias, m=M, dtype='float32', form=moe.mixture):
+def _sparse(p, bias, m=M, dtype='float32', form='blocks'):
   x = jnp.asarray(p['x'], dtype)
   chosen, weights = moe.route(x, p['router'], bias, m)
   masters = tuple(p[n] for n in ('gate', 'up', 'down'))
-  return form(x, chosen, weights, tuple(
-      w.astype(x.dtype) for w in masters), masters)
+  mix = functools.partial(moe.on_mesh, form=form)
+  return mix(x, chosen, weights, tuple(
+      jnp.asarray(w, x.dtype) for w in masters), masters)
 
 
 def _dense(p, bias, m=M):
@@ -60,29 +62,33 @@ def _dense(p, bias, m=M):
   return value(p), value
 
 
+@pytest.mark.parametrize('form', moe.FORMS)
 @pytest.mark.parametrize('fields', [{}, dict(router_groups=1, norm_topk=False,
                                              router_top_groups=1)])
-def test_only_the_chosen_experts_are_mixed(fields):
+def test_only_the_chosen_experts_are_mixed(fields, form):
   m = dataclasses.replace(M, **fields)
   p, bias = _inputs()
-  np.testing.assert_allclose(_sparse(p, bias, m), _dense(p, bias, m)[0],
-                             rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(_sparse(p, bias, m, form=form),
+                             _dense(p, bias, m)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_and_its_jvp_are_the_dense_layers():
-  p, bias = _inputs()
+@pytest.mark.parametrize('form', moe.FORMS)
+@pytest.mark.parametrize('rows', (7, 90))  # 90: several blocks of an expert
+def test_gradient_and_its_jvp_are_the_dense_layers(rows, form):
+  p, bias = _inputs(rows)
   v = jax.tree.map(lambda x: np.cos(x), p)
   dense = _dense(p, bias)[1]
   def twice(layer):
     loss = lambda p: jnp.sum(jnp.sin(layer(p)))
     return jax.jit(lambda p: jax.jvp(jax.grad(loss), (p,), (v,)))(p)
-  got, want = twice(lambda p: _sparse(p, bias)), twice(dense)
+  got, want = twice(lambda p: _sparse(p, bias, form=form)), twice(dense)
   assert all(np.abs(x).max() > .1 for x in jax.tree.leaves(want))
   batches.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize('form', moe.FORMS)
 @pytest.mark.parametrize('mesh', ({}, dict(fsdp=2, tensor=2, expert=2)))
-def test_bfloat16_experts_have_float32_gradients(mesh):
+def test_bfloat16_experts_have_float32_gradients(mesh, form):
   """Near those of no mesh, unrounded, and so is the jvp of the gradient."""
   m = dataclasses.replace(M, expert_ff=4)
   p, bias = _inputs(8, m)
@@ -90,7 +96,7 @@ def test_bfloat16_experts_have_float32_gradients(mesh):
 
   def twice(dtype, mesh):
     loss = lambda p: jnp.sum(jnp.sin(.1 * _sparse(
-        p, bias, m, dtype, moe._on_mesh)))
+        p, bias, m, dtype, form)))
     with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(**mesh))):
       return jax.jit(lambda p: jax.jvp(jax.grad(loss), (p,), (v,)))(p)
   want = twice(jnp.float32, {})
@@ -182,7 +188,7 @@ def test_a_mesh_with_experts_apart_is_no_mesh():
 
 
 def test_hessian_vector_products_pass_the_whole_model(monkeypatch):
-  """jvp of grad J with `mixture`, and with all experts on every token."""
+  """jvp of grad J with blocks, and with all experts on every token."""
   config = batches.config('rl_only', mtp=dict(modules=0), model=EXPERTS | dict(
       n_layers=1, dense_layers=0, remat='dots'))
   batch = batches.batch()
@@ -191,7 +197,7 @@ def test_hessian_vector_products_pass_the_whole_model(monkeypatch):
                              batch.valid[:1])['params']
   v = jax.tree.map(np.cos, params)
 
-  def dense(x, chosen, weights, kernels, masters, first=0):
+  def dense(x, chosen, weights, kernels, masters, first=0, shards=1):
     gate, up, down = kernels
     w = jnp.sum(jax.nn.one_hot(chosen, 4) * weights[..., None], 1)
     z = jax.nn.silu(jnp.einsum('nd,edf->nef', x, gate))
@@ -203,7 +209,34 @@ def test_hessian_vector_products_pass_the_whole_model(monkeypatch):
     return jax.jit(lambda p: jax.jvp(grad, (p,), (v,)))(params)
 
   sparse = product()
-  monkeypatch.setattr(moe, 'mixture', dense)
+  monkeypatch.setitem(moe.FORMS, 'blocks', dense)
   batches.assert_close(sparse, product(), rtol=1e-3, atol=1e-4)
   assert np.abs(sparse[1]['blocks']['layers']['experts']['down']['kernel']
                 ).max() > 1e-3
+
+
+def flops_of_blocks(experts, grad, lower=lambda f, *args: jax.jit(f).lower(
+    *args)):
+  """Return FLOPs by the compiled text, and those of the copies of tokens.
+
+  The gradient has 11 products for the 3 of the forward pass: two are computed
+  again, and each has two.
+  """
+  n, k, d, f = 512, 4, 16, 8
+  x, weights = jnp.ones((n, d)), jnp.ones((n, k))
+  kernels = tuple(jnp.ones((experts, *shape)) for shape in (
+      (d, f), (d, f), (f, d)))
+  chosen = jnp.zeros((n, k), jnp.int32)
+  mix = lambda x, weights, kernels: jnp.sum(expert_blocks.mixture(
+      x, chosen, weights, kernels, kernels) ** 2)
+  text = lower(jax.value_and_grad(mix, (0, 1, 2)) if grad else mix, x, weights,
+               kernels).compile().as_text()
+  return hlo.summarise(text).flops, 2 * n * k * d * f * (11 if grad else 3)
+
+
+@pytest.mark.parametrize('grad', (False, True))
+def test_flops_are_those_of_the_tokens_routed(grad):
+  for experts in (4, 16, 64):
+    got, least = flops_of_blocks(experts, grad)
+    # An expert's last block is padded; evenly filled experts have four blocks.
+    assert least <= got <= 1.25 * least, (experts, got / least)

@@ -10,6 +10,7 @@ import pytest
 
 from mtp_rl import config as config_lib
 from mtp_rl import forward, tokenizers
+from mtp_rl.models import transformer
 from mtp_rl.rollout import decode, draft, sampler
 from mtp_rl.rollout import prompts as prompts_lib
 from tests import conftest
@@ -183,6 +184,21 @@ def test_a_decoding_step_copies_no_cache(response, drafts):
   assert copies(loop, _params(), state, donate_argnums=1) == 0
   # The count sees a copy where there must be one.
   assert copies(lambda c: (c, c.at[0].set(1.)), state.cache[0]) > 0
+
+
+def test_the_cache_written_by_rows_is_the_scattered_one():
+  """The form for TPU, and what it is chosen for."""
+  rng = np.random.default_rng(0)
+  cache, new = (tuple(rng.normal(size=(2, 8, 3, n, 5)).astype('float32')
+                      for _ in range(2)) for n in (9, 2))
+  columns = np.array([0, 7, 3, 3, 1, 6, 0, 5], np.int32)
+  want = [c.copy() for c in cache]
+  for row, at in enumerate(columns):
+    for c, x in zip(want, new):
+      c[:, row, :, at:at + 2] = x[:, row]
+  for form in (transformer.write, transformer._by_rows):
+    for c, w in zip(jax.jit(form)(cache, new, columns), want):
+      np.testing.assert_array_equal(c, w)
 
 
 def test_decoding_reads_every_column_in_use(tiny):

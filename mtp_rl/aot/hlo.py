@@ -20,6 +20,7 @@ _CALLED = re.compile(
     r'(calls|to_apply|body|condition|true_computation|false_computation|'
     r'branch_computations|called_computations)='
     r'(\{[^}]*\}|%?[\w.\-]+)')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _NO_ARRAY = ('parameter', 'tuple', 'get-tuple-element', 'while', 'bitcast',
              'constant', 'conditional', 'call', 'opt-barrier')
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
@@ -91,8 +92,15 @@ def called(instruction):
           for name in names.strip('{}').split(',') if name.strip()]
 
 
-def trips(computations, condition):
-  """Return how often a loop runs: the largest constant of its condition."""
+def trips(computations, loop, condition):
+  """Return how often a loop runs.
+
+  What the compiler knows of it counts, else the largest constant of its
+  condition, which may be more than it runs.
+  """
+  known = _TRIPS.search(loop.rest)
+  if known:
+    return int(known[1])
   numbers, seen = [], [condition]
   for name in seen:
     for i in computations.get(name, ()):
@@ -108,7 +116,7 @@ def counts(computations, entry):
   for name in reversed(computations):
     for i in computations[name]:
       roles = called(i)
-      times = max((trips(computations, other) for role, other in roles
+      times = max((trips(computations, i, other) for role, other in roles
                    if role == 'condition'), default=1)
       for _, other in roles:
         out[other] += out[name] * times
@@ -123,9 +131,11 @@ def _operands(instruction, types):
 
 
 def _dot(instruction, operands):
+  """Return FLOPs of a matmul, in HLO or by cuBLAS."""
   out, lhs = shapes(instruction.type)[0][1], operands[0][1]
-  dims = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.rest)
-  inner = [lhs[int(d)] for d in dims[1].split(',')] if dims and dims[1] else []
+  dims = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)',
+                   instruction.rest)
+  inner = [lhs[int(d)] for d in re.findall(r'\d+', dims[1])] if dims else []
   return 2. * math.prod(out) * math.prod(inner)
 
 
@@ -166,10 +176,22 @@ def _convolution(instruction, operands):
 def _kernel(instruction, operands):
   """Return FLOPs of the kernels that XLA does not treat as matmuls.
 
-  Splash attention counts half of all scores. A ragged dot counts all rows,
-  although it skips those after the last group.
+  Splash attention and cuDNN's count half of all scores. A ragged dot counts
+  all rows, although it skips those after the last group.
   """
   name = instruction.name
+  target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+  target = target[1] if target else ''
+  if target.startswith('__cublas$'):
+    return _dot(instruction, operands)
+  if target.startswith('__cudnn$fmha'):
+    b, t, h, c = operands[0][1]  # query
+    columns = operands[1][1][1]
+    seen = (t * columns if '"NO_MASK"' in instruction.rest
+            or '"PADDING"' in instruction.rest else t * (columns + 1) / 2)
+    # Forward q k^T and the weights' product with v; backward the scores again
+    # and two products for each of those.
+    return 2. * (5 if 'Backward' in target else 2) * b * h * c * seen
   if name.startswith('ragged-dot') and 'metadata' not in name:
     lhs, rhs = (dims for _, dims in operands[-2:])
     out = shapes(instruction.type)[0][1]
@@ -188,6 +210,19 @@ def _kernel(instruction, operands):
 _FLOPS = {'dot': _dot, 'convolution': _convolution, 'custom-call': _kernel}
 
 
+def members(type_text):
+  """Return the texts of a tuple's elements; of another type, itself."""
+  if not type_text.startswith('('):
+    return [type_text]
+  out, depth, first = [], 0, 1
+  for at, c in enumerate(type_text):
+    depth += (c in '([{') - (c in ')]}')
+    if depth == 0 or (depth == 1 and c == ','):
+      out.append(type_text[first:at].strip())
+      first = at + 1
+  return out
+
+
 def _collective(instruction, owner, types):
   """Return the kind of a collective and its bytes, or None and 0.
 
@@ -195,9 +230,9 @@ def _collective(instruction, owner, types):
   """
   for kind in COLLECTIVES:
     if instruction.opcode == f'{kind}-start' and kind != 'all-reduce':
-      # (operand, result, ...): what is gathered or moved.
-      return kind, max(_BYTES[k] * math.prod(dims)
-                       for k, dims in shapes(instruction.type))
+      # (operands, results, ...), tuples themselves if several collectives
+      # were combined into one: what is gathered, scattered or moved.
+      return kind, max(map(size, members(instruction.type)[:2]))
     if instruction.opcode in (kind, f'{kind}-start'):
       if kind == 'reduce-scatter':
         return kind, sum(_BYTES[k] * math.prod(dims)

@@ -1,13 +1,13 @@
-"""The programs of a run, compiled ahead of time for a slice not at hand.
+"""The programs of a run, compiled ahead of time for accelerators not at hand.
 
-`libtpu` (extra `tpu`) compiles for any topology without a TPU; the memory that
-it reports is what a chip would need, and the program what a chip would run.
+The memory that the compiler reports is what a chip would need, and the program
+what a chip would run; aot/targets.py has the chips.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-import os
 import time
 from typing import NamedTuple
 
@@ -27,38 +27,12 @@ from mtp_rl import (
   types,
   validate,
 )
-from mtp_rl.aot import hlo
+from mtp_rl.aot import hlo, targets
 from mtp_rl.report import tables
-from mtp_rl.rollout import decode, draft, layout, sampler
+from mtp_rl.rollout import decode, draft, layout, sampler, slots
 from mtp_rl.run import metrics
 
-GIB = 2 ** 30
-# jaxlib cannot parse asynchronous SparseCore operations in a program's text,
-# which is read here, so they are disabled.
-OPTIONS = {'xla_tpu_offload_gather_to_sparsecore': 'false',
-           'xla_tpu_enable_offloading_scatter_to_sparsecore': 'false'}
-
-
-class Chip(NamedTuple):
-  """One chip, from Google's public system-architecture pages.
-
-  Attributes:
-    flops: bfloat16 FLOP/s.
-    memory: bytes of HBM.
-    bandwidth: bytes/s of HBM.
-    links: bytes/s of all inter-chip links together, one way.
-  """
-  flops: float
-  memory: float
-  bandwidth: float
-  links: float
-
-
-CHIPS = {
-    'v4': Chip(275e12, 32 * GIB, 1.2e12, .3e12),
-    'v5e': Chip(197e12, 16 * GIB, .82e12, .2e12),
-    'v5p': Chip(459e12, 95 * GIB, 2.765e12, .6e12),
-    'v6e': Chip(918e12, 32 * GIB, 1.64e12, .448e12)}
+GIB = targets.GIB
 
 
 class Row(NamedTuple):
@@ -87,43 +61,6 @@ class Row(NamedTuple):
   peak: float = math.nan
   summary: hlo.Summary | None = None
   bounds: dict | None = None
-
-
-def chip(topology):
-  """Return the `Chip` of a topology such as 'v5p:4x4x4'.
-
-  Raises:
-    config.ConfigError: its kind is not in the table.
-  """
-  kind = topology.split(':')[0]
-  if kind not in CHIPS:
-    raise config_lib.ConfigError(
-        f'topology {topology!r} is of no known chip; choose '
-        f'{", ".join(CHIPS)} and a shape, as in v5p:4x4x4')
-  return CHIPS[kind]
-
-
-def devices(topology):
-  """Return the devices of a slice, which can be compiled for but not used.
-
-  Raises:
-    config.ConfigError: libtpu is not installed, or does not know the slice.
-  """
-  chip(topology)
-  for name, value in (  # else libtpu asks the cloud where it runs
-      ('TPU_SKIP_MDS_QUERY', '1'), ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
-      ('TPU_WORKER_HOSTNAMES', 'localhost'), ('TPU_WORKER_ID', '0'),
-      ('TPU_ACCELERATOR_TYPE', topology.split(':')[0] + '-8')):
-    os.environ.setdefault(name, value)
-  from jax.experimental import topologies
-  try:
-    return topologies.get_topology_desc(topology, 'tpu').devices
-  except Exception as e:  # libtpu raises many kinds
-    first = str(e).strip().split('\n')[0][:200]
-    raise config_lib.ConfigError(
-        f'topology {topology!r} cannot be described ({first}); install the '
-        "extra with pip install -e '.[tpu]', and name a slice such as "
-        'v5p:4x4x4') from e
 
 
 def _batch(config: config_lib.Config, mesh):
@@ -158,52 +95,99 @@ def score(steps, config: config_lib.Config, mesh):
       batch.tokens.shape)
 
 
+def _placed(state, config: config_lib.Config, mesh):
+  """Return the shardings of a `decode.SamplingState` or `sampler.Prompts`."""
+  rows = sharding.batch_sharding(mesh)
+  cache = NamedSharding(mesh, P(None, sharding.BATCH, 'tensor'
+                                if config.model.n_kv_heads
+                                % mesh.shape['tensor'] == 0 else None))
+  heads = lambda pair: jax.tree.map(lambda _: cache, pair)
+  out = jax.tree.map(lambda _: rows, state)._replace(
+      cache=heads(state.cache), ahead=heads(state.ahead))
+  return out._replace(counts=NamedSharding(mesh, P())) if hasattr(
+      state, 'counts') else out
+
+
 def rollout(name, params, config: config_lib.Config, mesh):
   """Return (lowered, tokens) of a part of the sampler.
 
-  'prefill' reads all prompts of an RL step and copies their caches to the
-  samples, 'decode' is one step of all samples (with rollout.draft it drafts
-  and verifies), 'rollout' is the whole loop as in a run. `params` are abstract,
-  in the sampling layout.
+  'prefill' reads all prompts of an RL step and, without rollout.slots, copies
+  their caches to the samples; 'decode' is one step of all samples (with
+  rollout.draft it drafts and verifies), 'window' the steps that rollout.slots
+  rows take together, 'rollout' the whole loop without slots. `params` are
+  abstract, in the sampling layout.
   """
   ends, group = tokenizers.CharTokenizer('').ends, config.rl.group
   fixed = dict(config=config, ends=ends)
   mesh = layout.sampling_mesh(config, mesh)
   rows = sharding.batch_sharding(mesh)
   shape = config.rl.prompts, config.rollout.max_prompt
-  prompts = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-  valid = jax.ShapeDtypeStruct(shape, bool, sharding=rows)
-  key = jax.eval_shape(lambda: jax.random.key(0))
+  put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+  asked = (put(shape, jnp.int32), put(shape, bool),
+           put((shape[0], 2), jnp.uint32),
+           jax.eval_shape(lambda: jax.random.key(0)))
   prefill = lambda *args: sampler.prefill(*args, group=group, **fixed)
-  names = jax.ShapeDtypeStruct((shape[0], 2), jnp.uint32, sharding=rows)
-  asked = prompts, valid, names, key
-  state = jax.eval_shape(prefill, params, *asked)
-  whole = NamedSharding(mesh, P())
-  cache = NamedSharding(mesh, P(None, sharding.BATCH, 'tensor'
-                                if config.model.n_kv_heads
-                                % mesh.shape['tensor'] == 0 else None))
-  heads = lambda pair: jax.tree.map(lambda _: cache, pair)
-  placed = jax.tree.map(lambda _: rows, state)._replace(
-      cache=heads(state.cache), ahead=heads(state.ahead), counts=whole)
-  abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      state, placed)
-  step = draft.speculate if config.rollout.draft else decode.extend
-  one = lambda params, state: step(params, state, **fixed)
   with jax.set_mesh(mesh):
+    if name == 'window':
+      return _window(params, asked, config, ends, mesh)
+    if name == 'prefill' and config.rollout.slots:
+      read = functools.partial(sampler.read, config=config)
+      return jax.jit(read).lower(params, *asked[:2]), math.prod(shape)
+    state = jax.eval_shape(prefill, params, *asked)
+    placed = _placed(state, config, mesh)
     if name == 'prefill':
       return jax.jit(prefill, out_shardings=placed).lower(
           params, *asked), math.prod(shape)
     if name == 'decode':
+      step = draft.speculate if config.rollout.draft else decode.extend
+      one = lambda params, state: step(params, state, **fixed)
       return jax.jit(one, out_shardings=placed, donate_argnums=1).lower(
-          params, abstract), shape[0] * group
+          params, _with(state, placed)), shape[0] * group
     every = lambda *args: sampler.generate(*args, group=group, **fixed)
     return jax.jit(every, out_shardings=sampler.Drawn(
-        rows, rows, whole)).lower(params, *asked), math.prod(shape) + (
+        rows, rows, placed.counts)).lower(params, *asked), math.prod(shape) + (
             shape[0] * group * config.rollout.max_response)
 
 
-SAMPLING = ('prefill', 'decode', 'rollout')
+def _with(tree_, shardings):
+  """Return a tree's ShapeDtypeStructs with shardings."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=s), tree_, shardings)
+
+
+def _waiting(params, config: config_lib.Config, mesh):
+  """Return the bytes of the prompts that `slots` keeps during a window."""
+  mesh = layout.sampling_mesh(config, mesh)
+  shape = config.rl.prompts, config.rollout.max_prompt
+  with jax.set_mesh(mesh):
+    seen = jax.eval_shape(
+        functools.partial(sampler.read, config=config), params,
+        jax.ShapeDtypeStruct(shape, jnp.int32),
+        jax.ShapeDtypeStruct(shape, bool))
+  placed = _placed(seen._replace(logits=None), config, mesh)
+  return _shard_bytes(_with(seen._replace(logits=None), placed))
+
+
+def _window(params, asked, config: config_lib.Config, ends, mesh):
+  """Return (lowered, tokens) of a window of `slots`; see `rollout`."""
+  devices, group = sharding.batch_size(mesh), config.rl.group
+  count = min(config.rollout.slots, config.rl.prompts * group)
+  count -= count % devices
+  drafts = bool(sampler.with_drafts(config, count).rollout.draft)
+
+  def empty(params, prompts, valid, names, key):
+    seen = sampler.read(params, prompts, valid, config=config)
+    keys = sampler.row_keys(key, names, group)
+    return slots.empty(seen, keys, count, drafts, config)
+
+  state = jax.eval_shape(empty, params, *asked)
+  run = functools.partial(slots.window, config=config, ends=ends, greedy=False,
+                          drafts=drafts)
+  return jax.jit(run, donate_argnums=1).lower(params, _with(
+      state, _placed(state, config, mesh))), count * slots.STEPS
+
+
+SAMPLING = ('prefill', 'decode', 'window', 'rollout')
 
 
 def resolve(name, config: config_lib.Config):
@@ -220,6 +204,10 @@ def resolve(name, config: config_lib.Config):
     raise config_lib.ConfigError(
         'program reshard moves parameters to the sampling layout, but '
         'rollout.tensor=0; set it, or leave the program out')
+  if name == 'window' and not config.rollout.slots:
+    raise config_lib.ConfigError(
+        'program window is of the sampler with slots, but rollout.slots=0; '
+        'set it, or leave the program out')
   if name in (*SAMPLING, 'reshard', 'score'):
     return config
   regime, _, estimator = name.partition(':')
@@ -253,6 +241,8 @@ def _program(name, config: config_lib.Config, mesh):
   if name in SAMPLING:
     read = layout.abstract(params, config, mesh)
     beside = resident - (_shard_bytes(params) if read is params else 0)
+    if name == 'window':
+      beside += _waiting(read, config, mesh)
     return *rollout(name, read, config, mesh), read, beside
   if name == 'reshard':
     move = layout.mover(params, config, mesh)
@@ -268,7 +258,7 @@ def compile_all(config: config_lib.Config, topology, programs):
 
   Args:
     config: `config.Config`, model.vocab_size set.
-    topology: such as 'v5p:4x4x4'.
+    topology: such as 'v5p:4x4x4' or 'h100:1x8x8'.
     programs: names; see experiments/compile_for.py.
 
   Raises:
@@ -280,12 +270,11 @@ def compile_all(config: config_lib.Config, topology, programs):
         'model.vocab_size=0 stands for the tokenizer\'s, which is not read '
         'here; set model.vocab_size')
   configs = [resolve(name, config) for name in programs]
-  mesh = sharding.make_mesh(config.mesh, devices(topology))
+  mesh = sharding.make_mesh(config.mesh, targets.devices(topology))
   for name, used in zip(programs, configs):
     with jax.set_mesh(mesh):
       program = _program(name, used, mesh)
-    yield compile_row(name, *program, chip(topology),
-                      config.model.vocab_size)
+    yield compile_row(name, *program, topology, config.model.vocab_size)
 
 
 def _known_shapes(params, vocab_size):
@@ -302,7 +291,7 @@ def _known_shapes(params, vocab_size):
   return vocabularies, known
 
 
-def compile_row(name, lowered, tokens, params, beside, target, vocab_size):
+def compile_row(name, lowered, tokens, params, beside, topology, vocab_size):
   """Compile a program and return its `Row`.
 
   Args:
@@ -311,12 +300,13 @@ def compile_row(name, lowered, tokens, params, beside, target, vocab_size):
     tokens: number of tokens that it reads.
     params: abstract parameters that it reads.
     beside: see `Row`.
-    target: `Chip`.
+    topology: see `compile_all`.
     vocab_size: V.
   """
+  target = targets.chip(topology)
   start = time.perf_counter()
   try:
-    compiled = lowered.compile(compiler_options=OPTIONS)
+    compiled = lowered.compile(compiler_options=targets.options(topology))
   except jax.errors.JaxRuntimeError as e:
     first = next((line for line in str(e).splitlines() if line.strip()), '')
     return Row(name, tokens, first[:300], time.perf_counter() - start)
@@ -340,7 +330,7 @@ def compile_row(name, lowered, tokens, params, beside, target, vocab_size):
 
 
 def fits(row, target):
-  """Return whether a program could run on the `Chip`."""
+  """Return whether a program could run on the `targets.Chip`."""
   return row.error is None and row.peak <= target.memory
 
 

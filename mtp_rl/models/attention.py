@@ -111,8 +111,7 @@ def resolve(kind, channels, columns, dtype, windowed=False):
   if windowed:
     return kind if kind != 'auto' else (
         'blocks' if columns > _LONG else 'plain')
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  platform = device.platform if device else jax.default_backend()
+  platform = sharding.platform()
   fits = (platform == 'tpu' and channels % _LANES == 0
           and columns % _LANES == 0)
   if kind == 'splash' and not fits:
@@ -120,7 +119,7 @@ def resolve(kind, channels, columns, dtype, windowed=False):
         f'model.attention=splash needs a TPU and multiples of {_LANES}, but '
         f'this is {platform} with {channels} channels a head and {columns} '
         'columns; set model.attention=auto')
-  gpu = (platform in ('gpu', 'cuda') and jnp.dtype(dtype).itemsize == 2
+  gpu = (platform == 'gpu' and jnp.dtype(dtype).itemsize == 2
          and channels % 8 == 0 and channels <= 128)
   if kind == 'cudnn' and not gpu:
     raise config_lib.ConfigError(

@@ -10,9 +10,12 @@ rank is the sum of its two largest s + b. Source: DeepSeek-V3
 (arXiv 2412.19437, equations 12-16), GLM-4.5 (arXiv 2508.06471). With
 `model.router` 'softmax' (Qwen3-MoE, arXiv 2505.09388) s = softmax(x R), b = 0.
 
-Copies of the tokens are sorted by expert and multiplied by the stacked matrices
-with `jax.lax.ragged_dot`. Where the backend has a kernel for it, each token
-costs only its chosen experts; on CPU, XLA computes all E experts.
+Copies of the tokens are sorted by expert. Two forms multiply them, for
+different targets (`model.expert_form`):
+
+    ragged   `jax.lax.ragged_dot` with the stacked matrices. XLA has a kernel
+             for it on TPU; elsewhere it computes all E experts for every copy
+    blocks   a loop over blocks of one expert's tokens: models/expert_blocks.py
 """
 
 import functools
@@ -25,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtp_rl import config as config_lib
 from mtp_rl import sharding
+from mtp_rl.models import expert_blocks
 
 LOAD = 'load'  # collection that `Experts` writes to, if mutable
 
@@ -134,8 +138,15 @@ def grouped_matmul(x, kernel, master, sizes, out):
   return _narrow(x, kernel, master, sizes, out)
 
 
-def mixture(x, chosen, weights, kernels, masters, first=0):
-  """Return what consecutive experts add to each token.
+def resolve(form):
+  """Return the form of the experts' matmuls, choosing one for 'auto'."""
+  if form != 'auto':
+    return form
+  return 'ragged' if sharding.platform() == 'tpu' else 'blocks'
+
+
+def mixture(x, chosen, weights, kernels, masters, first=0, shards=1):
+  """Return what consecutive experts add to each token, in the form 'ragged'.
 
   Args:
     x: [N, D], tokens.
@@ -145,10 +156,12 @@ def mixture(x, chosen, weights, kernels, masters, first=0):
       first .. first + e - 1, of x's dtype.
     masters: the same in float32, see `grouped_matmul`.
     first: int32 [].
+    shards: among how many devices the tokens' experts are spread.
 
   Returns:
     float32 [N, D]; 0 for tokens that chose none of these experts.
   """
+  del shards
   count, k = kernels[0].shape[0], chosen.shape[1]
   local = chosen.reshape(-1) - first
   local = jnp.where((local >= 0) & (local < count), local, count)
@@ -166,15 +179,19 @@ def mixture(x, chosen, weights, kernels, masters, first=0):
   return jnp.zeros(x.shape, jnp.float32).at[order // k].add(y)
 
 
-def _on_mesh(x, chosen, weights, kernels, masters):
-  """Run `mixture` with each device's own experts; see it for the arguments.
+FORMS = {'ragged': mixture, 'blocks': expert_blocks.mixture}
+
+
+def on_mesh(x, chosen, weights, kernels, masters, form='auto'):
+  """Run a form of `mixture` with each device's own experts; see it.
 
   Experts are split over 'expert', their inner width over 'tensor'. Tokens are
   gathered over 'expert'; the results are summed over it and scattered back to
   the devices that the tokens came from.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  whole = functools.partial(mixture, x, chosen, weights, kernels, masters)
+  mix = FORMS[resolve(form)]
+  whole = functools.partial(mix, x, chosen, weights, kernels, masters)
   if mesh.empty or mesh.size == 1:
     return whole()
   if (x.shape[0] % sharding.batch_size(mesh)
@@ -191,8 +208,11 @@ def _on_mesh(x, chosen, weights, kernels, masters):
     # their gradients are summed over those.
     kernels, masters = jax.tree.map(lambda w: vary(w, *alone),
                                     (kernels, masters))
-    y = mixture(vary(meet(x), 'tensor'), meet(chosen), meet(weights), kernels,
-                masters, jax.lax.axis_index('expert') * kernels[0].shape[0])
+    # The tokens vary over 'tensor' so that their gradients are summed over it.
+    x, chosen, weights = (vary(meet(t), 'tensor') for t in (x, chosen, weights))
+    y = mix(x, chosen, weights, kernels, masters,
+            jax.lax.axis_index('expert') * kernels[0].shape[0],
+            mesh.shape['expert'])
     y = jax.lax.psum(y, 'tensor')
     return jax.lax.psum_scatter(y, 'expert', tiled=True)
 
@@ -257,5 +277,5 @@ class Experts(nn.Module):
       taken = taken.reshape(*x.shape[:2], e) * valid[..., None]
       self.sow(LOAD, 'tokens', taken.sum(1), reduce_fn=lambda _, y: y,
                init_fn=lambda: None)
-    y = _on_mesh(flat, chosen, weights, kernels, masters)
+    y = on_mesh(flat, chosen, weights, kernels, masters, m.expert_form)
     return y.reshape(x.shape).astype(x.dtype)
