@@ -97,7 +97,7 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
   """
   config, functions = run.config, prepare(run)
   saved = checkpoint.Checkpoints(run.checkpoints('rl'), config.run.keep)
-  start = saved.latest()
+  start = saved.recover(config.run.strict)
   if start is None:
     # The first update donates its state; the KL penalty needs the parameters
     # later, so it then gets a copy.
@@ -114,7 +114,7 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
     start, shown = 0, held_out.means(functions.examiner, state.params)
     writer.write(0, shown)
     saved.save(0, state)
-  with contextlib.closing(saved), contextlib.closing(writer), metrics.progress(
+  with contextlib.closing(writer), metrics.progress(
       config, config.rl.steps, start, 'RL') as bar:
     for step in range(start + 1, config.rl.steps + 1):
       began = time.perf_counter()

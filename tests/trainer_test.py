@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,14 +200,48 @@ def test_another_config_in_the_same_workdir_is_refused(whole):
 
 
 def test_a_damaged_checkpoint_is_named(whole, tmp_path):
-  import shutil
   workdir, _ = whole
   copy = tmp_path / 'copy'
   shutil.copytree(workdir, copy)
   for path in (copy / 'checkpoints' / 'rl').rglob('*'):
     if path.is_file() and path.stat().st_size > 0 and 'd' in path.parts[-2:-1]:
       path.write_bytes(b'\0' * 10)
-  _refused(_config(), copy, 'checkpoints/rl/4 cannot be restored')
+  _refused(_config(), copy, 'no good checkpoint is left in .*checkpoints/rl')
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(
+    whole, tmp_path, capsys):
+  """One changed bit in the newest: the result is that of the whole run."""
+  workdir, _ = whole
+  copy = tmp_path / 'copy'
+  shutil.copytree(workdir, copy)
+  newest = copy / 'checkpoints' / 'rl' / '4'
+  path = max(newest.rglob('*'), key=lambda p: p.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 4
+  path.write_bytes(data)
+  config = _config()
+  config.run.strict = True
+  _refused(config, copy, 'rl/4 is damaged .* run.strict')
+  assert trainer.train(_config(), str(copy))['status'] == 'complete'
+  assert 'goes on from step 2' in capsys.readouterr().err
+  assert sorted(os.listdir(newest.parent)) == ['2', '4', '4.damaged']
+  for name in ('metrics.jsonl', 'samples.jsonl'):
+    assert _rows(copy, name) == _rows(workdir, name)
+  _identical(_state(_config(), copy), _state(_config(), workdir))
+
+
+def test_a_warmup_that_rl_no_longer_needs_is_not_read(tmp_path):
+  config = conftest.tiny_config(rl=dict(steps=1), eval=dict(every=9))
+  trainer.train(config, str(tmp_path))
+  for path in (tmp_path / 'checkpoints' / 'warmup' / '4').rglob('*'):
+    if path.is_file():
+      path.write_bytes(b'')
+  assert trainer.train(config, str(tmp_path))['status'] == 'complete'
+  config.rl.kl_coef = .1  # which does, where the RL loss holds on to it
+  shutil.rmtree(tmp_path / 'checkpoints' / 'rl')
+  (tmp_path / 'config.json').unlink()
+  _refused(config, tmp_path, 'no good checkpoint is left in .*warmup')
 
 
 def test_a_foreign_checkpoint_is_named(whole, tmp_path):

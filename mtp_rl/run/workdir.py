@@ -31,7 +31,7 @@ _PUBLISHED = 'published.json'
 # Fields that may change when a workdir is resumed. rl.steps may as well under a
 # constant schedule; under others the learning rate depends on it.
 _MAY_CHANGE = ('eval.every', 'run.checkpoint_every', 'run.keep',
-               'run.progress')
+               'run.progress', 'run.strict')
 
 
 class Run(NamedTuple):
