@@ -15,7 +15,7 @@ import pytest
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io, sharding, train_step, trainer
-from mtp_rl.run import checkpoint, metrics
+from mtp_rl.run import checkpoint, inventory, metrics
 from tests import conftest
 
 V = 14  # tokens of the task's tokenizer
@@ -78,6 +78,8 @@ def test_a_run_leaves_what_it_promises(whole):
   with open(os.path.join(workdir, 'summary.json'), encoding='utf-8') as f:
     assert json.load(f) == summary
   assert config_io.load(os.path.join(workdir, 'config.json')) == _config()
+  found = inventory.inspect(workdir)
+  assert all(item.good for item in found), found
 
 
 @pytest.mark.parametrize('kind', [

@@ -113,7 +113,7 @@ class Checkpoints:
     """
     bad, step = {}, self.latest()
     while step is not None:
-      damage = self._damage(step)
+      damage = self.damage(step)
       if damage is None:
         break
       bad[step] = damage
@@ -142,8 +142,8 @@ class Checkpoints:
           f'called {name}, and the run goes on from step {good}',
           file=sys.stderr, flush=True)
 
-  def _damage(self, step):
-    """Return what is wrong with a checkpoint, or None."""
+  def damage(self, step):
+    """Return what is wrong with a checkpoint, in words, or None."""
     where = self.path(step)
     if step in self._good:
       return None
@@ -179,7 +179,7 @@ class Checkpoints:
     if not os.path.isdir(where):
       raise config_lib.ConfigError(
           f'checkpoint {where} does not exist; this run keeps {self.steps()}')
-    damage = self._damage(step)
+    damage = self.damage(step)
     if damage is not None:
       raise config_lib.ConfigError(
           f'checkpoint {where} is damaged ({damage}); restore that folder from '
