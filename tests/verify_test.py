@@ -106,10 +106,12 @@ def test_what_a_kill_leaves_is_good(made, tmp_path):
   shutil.copytree(made, where)
   with open(where / 'metrics.jsonl', 'a', encoding='utf-8') as f:
     f.write('{"step": 5, "x"')
+  (where / 'lock.json').write_text('{')
   for name in ('5.part', '3.damaged'):
     (where / 'checkpoints' / 'rl' / name).mkdir()
   found = {i.name: i for i in inventory.inspect(where)}
   assert all(i.good for i in found.values())
+  assert 'running' in found['lock.json'].found
   assert 'cut off' in found['metrics.jsonl'].found
   assert 'unfinished' in found['checkpoints/rl/5.part'].found
   assert 'set aside' in found['checkpoints/rl/3.damaged'].found

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io, tokenizers
-from mtp_rl.run import checkpoint
+from mtp_rl.run import checkpoint, owner
 
 _ROWS = ('warmup.jsonl', 'metrics.jsonl', 'samples.jsonl')
 
@@ -39,7 +39,11 @@ def inspect(workdir):
   if not os.path.exists(os.path.join(workdir, 'config.json')):
     raise config_lib.ConfigError(
         f'{workdir} has no config.json; name the workdir of a run')
-  out = [_config(workdir), _json(workdir, 'tokenizer.json', _tokenizer)]
+  out = []
+  if holder := owner.describe(workdir):
+    out.append(Item(owner.NAME, True, f'{holder.who}, '
+                    + ('running' if holder.alive else 'gone')))
+  out += [_config(workdir), _json(workdir, 'tokenizer.json', _tokenizer)]
   out += [_json(workdir, name) for name in ('published.json', 'data.json')
           if os.path.exists(os.path.join(workdir, name))]
   steps = {}
