@@ -125,23 +125,24 @@ def points(folder):
           for k, v in out.items()}
 
 
-def _arrays(workdir):
-  """Return the newest states of both phases: path -> bytes."""
-  out = {}
-  for phase in ('warmup', 'rl'):
-    saved = checkpoint.Checkpoints(workdir / 'checkpoints' / phase, 1)
-    where = saved.latest_path()
-    for path, x in jax.tree.leaves_with_path(ocp.load(where)):
-      out[f'{where[len(str(workdir)):]}{jax.tree_util.keystr(path)}'] = (
-          np.asarray(x).tobytes())
-  return out
+def _arrays(where):
+  """Return the arrays of a checkpoint: path -> bytes."""
+  return {jax.tree_util.keystr(path): np.asarray(x).tobytes()
+          for path, x in jax.tree.leaves_with_path(ocp.load(where))}
+
+
+def _states(workdir):
+  """Return the newest states of both phases."""
+  newest = {p: _latest(workdir, p) for p in ('warmup', 'rl')}
+  return newest, [_arrays(workdir / 'checkpoints' / p / str(step))
+                  for p, step in newest.items()]
 
 
 def differing(workdir, other):
   """Return the names of what differs between two complete runs, bit by bit."""
   out = [name for name in ('warmup', 'metrics', 'samples')
          if _rows(workdir / f'{name}.jsonl') != _rows(other / f'{name}.jsonl')]
-  if _arrays(workdir) != _arrays(other):
+  if _states(workdir) != _states(other):
     out.append('state')
   a, b = points(workdir / 'events'), points(other / 'events')
   return out + (['events'] if a != b else [])
@@ -210,17 +211,31 @@ def _strike(campaign, rng, workdir, process, target):
   return process.poll() is None
 
 
+def _where(workdir, target):
+  """Return what a kill has hit, in words: phase and newest checkpoint."""
+  for phase in ('rl', 'warmup'):
+    if any('.part' in name for name in _names(workdir, phase)):
+      return f'save after {phase} {_latest(workdir, phase)}'
+    if (step := _latest(workdir, phase)) >= 0 and target != 'start-up':
+      return f'{phase} {step}'
+  return 'start-up'
+
+
 def kill(campaign, rng, workdir, count):
   """Kill a run `count` times, at once resumed each time."""
-  trial, targets = _trial(), ['start-up', 'warmup', 'rl', 'save', 'save']
+  trial = _trial() | {'at': []}
+  targets = ['start-up', 'warmup', 'rl', 'save', 'save']
   for i in range(count):
     target = targets[i % 5] if i else rng.choice(targets)
     process = campaign.start(workdir)
-    if _strike(campaign, rng, workdir, process, target):
+    struck = _strike(campaign, rng, workdir, process, target)
+    if struck:
       process.kill()
       trial['faults'] += 1
     code, said = campaign.end(process)
     trial['codes'].append(code)
+    if struck:
+      trial['at'].append(_where(workdir, target))
     if code not in (-signal.SIGKILL, endings.COMPLETE):
       return trial | {'survived': False, 'said': said[-2000:]}
   return _finish(campaign, workdir, trial)
@@ -291,7 +306,9 @@ def disk(campaign, rng, workdir, count):
     code, said = campaign.end(process)
     trial['codes'].append(code)
     (workdir / 'filler').unlink(missing_ok=True)
-    if code != endings.ENVIRONMENT or 'Traceback' in said:
+    # A run may have ended just before.
+    if code not in (endings.ENVIRONMENT, endings.COMPLETE) or (
+        'Traceback' in said):
       return trial | {'survived': False, 'said': said[-2000:]}
     return _finish(campaign, run, trial)
 
@@ -321,13 +338,15 @@ def flip(campaign, rng, workdir, count):
   except config_lib.ConfigError as e:
     return trial | {'survived': False, 'said': str(e)}
   good = found == before and os.path.isdir(saved.path(f'{newest}.damaged'))
-  return trial | {'survived': good, 'differs': []}
+  whole = campaign.whole() / 'checkpoints' / 'rl'
+  same = good and _arrays(workdir / str(found)) == _arrays(whole / str(found))
+  return trial | {'survived': good, 'differs': [] if same else ['state']}
 
 
 def resume(campaign, rng, workdir, count):
   """Flip bits in the newest checkpoint of either phase; the run goes on."""
-  process = campaign.start(workdir)
-  _strike(campaign, rng, workdir, process, 'rl')
+  process, reach = campaign.start(workdir), rng.randint(3, 15)
+  _wait(process, campaign.clock, lambda: _latest(workdir, 'rl') >= reach)
   process.kill()
   campaign.end(process)
   trial = _trial(count)
@@ -387,7 +406,7 @@ def table(trials):
     show = lambda chosen: count(chosen) if compared or kind != 'verifier' else (
         'not compared')
     lines.append([what, count(done), count(t for t in done if t['survived']),
-                  show(but_events), show(equal)])
+                  show(but_events), show(equal) if kind != 'flip' else ''])
   return tables.markdown(
       ['fault', 'tried', 'survived', 'rows and state bit-equal',
        'events too'], lines, aligned=True)
