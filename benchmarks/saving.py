@@ -46,7 +46,7 @@ def main():
   args = parser.parse_args()
   abstract, values = state(args.layers)
   size = sum(x.nbytes for x in jax.tree.leaves(values))
-  seconds = {name: [] for name in ('save', 'write', 'restore', 'damage')}
+  seconds = {name: [] for name in ('save', 'without', 'restore', 'damage')}
 
   def timed(name, action, *given, **kw):
     began = time.perf_counter()
@@ -54,23 +54,27 @@ def main():
     seconds[name].append(time.perf_counter() - began)
     return out
 
-  # The checksums' part of both is timed within.
-  write, damage = checksums.write, checksums.damage
-  checksums.write = lambda folder: timed('write', write, folder)
+  early, write, damage = checksums.Early, checksums.write, checksums.damage
   checksums.damage = lambda folder: timed('damage', damage, folder)
   with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+    save = lambda name, step: timed(
+        name, checkpoint.Checkpoints(folder, keep=1).save, step, values)
     for step in range(args.rounds + 1):
-      timed('save', checkpoint.Checkpoints(folder, keep=1).save, step, values)
+      checksums.Early = lambda folder: open(os.devnull)
+      checksums.write = lambda folder, early: None
+      save('without', 2 * step)
+      checksums.Early, checksums.write = early, write
+      save('save', 2 * step + 1)
       timed('restore', checkpoint.Checkpoints(folder, keep=1).restore, abstract)
   median = {k: statistics.median(v[1:]) for k, v in seconds.items()}
-  share = lambda part, whole: statistics.median(
-      a / (b - a) for a, b in zip(seconds[part][1:], seconds[whole][1:]))
+  quartiles = lambda ratios: np.quantile(ratios, (.25, .5, .75)).tolist()
+  both = zip(seconds['save'][1:], seconds['without'][1:])
   print(json.dumps({
       'cores': len(os.sched_getaffinity(0)), 'state_gb': size / 1e9,
-      'save_s': median['save'], 'checksums_s': median['write'],
-      'over_save': share('write', 'save'), 'restore_s': median['restore'],
-      'compare_s': median['damage'],
-      'over_restore': share('damage', 'restore')}, indent=1))
+      'save_s': median['save'], 'without_s': median['without'],
+      'save_over_without': quartiles([a / b for a, b in both]),
+      'restore_s': median['restore'], 'compare_s': median['damage']},
+      indent=1))
 
 
 if __name__ == '__main__':

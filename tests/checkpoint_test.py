@@ -4,6 +4,8 @@ import os
 import random
 import shutil
 import subprocess
+import time
+import zlib
 from typing import NamedTuple
 
 import jax
@@ -165,3 +167,18 @@ def test_a_full_disk_is_one_sentence_and_the_last_one_stays(tmp_path):
     assert os.listdir(small / 'rl') and _open(small / 'rl').recover() == 2
   finally:
     subprocess.run(['umount', '-l', small], check=True)
+
+
+def test_a_sum_that_was_taken_early_holds_for_that_file_alone(tmp_path):
+  folder = tmp_path / '3.part.tmp' / 'state' / 'ocdbt.process_0' / 'd'
+  folder.mkdir(parents=True)
+  (folder / 'whole').write_bytes(b'1' * 99)
+  (folder / 'half.__lock').write_bytes(b'1' * 99)
+  early = checksums.Early(str(tmp_path / '3.part'))
+  while not early._sums:
+    time.sleep(.01)
+  early.close()
+  assert list(early._sums) == ['whole']
+  assert early.crc(folder / 'whole') == zlib.crc32(b'1' * 99)
+  (folder / 'whole').write_bytes(b'2' * 99)
+  assert early.crc(folder / 'whole') == zlib.crc32(b'2' * 99)

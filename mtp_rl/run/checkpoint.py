@@ -86,11 +86,12 @@ class Checkpoints:
           shutil.rmtree(self.path(name))
     context = ocp.Context()
     context.array.saving.ocdbt_target_data_file_size = _FILE_BYTES
-    with _disk(final), context:
+    early = checksums.Early(part)
+    with _disk(final), contextlib.closing(early), context:
       ocp.save(part, state._asdict(),
                custom_metadata={'format': _FORMAT, 'checksums': 'crc32'})
     with _disk(final):
-      checksums.write(part)
+      checksums.write(part, early)
     with distributed.together(), _disk(final):
       if distributed.is_writer():
         os.rename(part, final)

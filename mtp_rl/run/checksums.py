@@ -7,8 +7,11 @@ processes take part: each reads its share of the files, several at a time.
 """
 
 import concurrent.futures
+import contextlib
+import glob
 import math
 import os
+import threading
 import zlib
 
 from mtp_rl import distributed
@@ -38,27 +41,72 @@ def _crc(path):
   return value
 
 
-def _lines(folder):
+def _identity(path):
+  """Return what changes where a file is written to, but not its name."""
+  s = os.stat(path)
+  return s.st_ino, s.st_size, s.st_mtime_ns
+
+
+class Early:
+  """Takes the CRC of data files while others are still being written.
+
+  Tensorstore gives a data file its name once it is whole.
+  """
+
+  def __init__(self, folder):
+    """Watch a folder, and those that orbax will rename to it."""
+    self._folder, self._sums = folder, {}
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._run, daemon=True)
+    self._thread.start()
+
+  def _run(self):
+    own = f'{self._folder}*/*/ocdbt.process_{distributed.index()}*/d/*'
+    while not self._ended.wait(.02):
+      for path in glob.glob(own):
+        name = os.path.basename(path)
+        if '.' in name or name in self._sums:
+          continue
+        with contextlib.suppress(OSError):
+          self._sums[name] = _identity(path), _crc(path)
+
+  def close(self):
+    """Stop watching."""
+    self._ended.set()
+    self._thread.join()
+
+  def crc(self, path):
+    """Return the CRC-32 of a file, as known or taken now."""
+    identity, value = self._sums.get(os.path.basename(path), (None, None))
+    known = identity is not None and identity == _identity(path)
+    return value if known else _crc(path)
+
+
+def _lines(folder, crc=_crc):
   """Return a dict file -> its line: CRC, bytes and name (None: unreadable)."""
   names = _files(folder)
   if distributed.differing({'files': names}):
     return {}
   paths = [os.path.join(folder, name) for name in names]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    sums = distributed.split(lambda part: list(pool.map(_crc, paths[part])),
+    sums = distributed.split(lambda part: list(pool.map(crc, paths[part])),
                              len(paths))
   sizes = [os.path.getsize(p) if os.path.exists(p) else -1 for p in paths]
   return {name: None if math.isnan(crc) else f'{int(crc):08x} {size} {name}'
           for name, crc, size in zip(names, sums, sizes)}
 
 
-def write(folder):
+def write(folder, early):
   """Write the checksums of a folder that all processes have filled.
+
+  Args:
+    folder: path.
+    early: `Early` that has watched it.
 
   Raises:
     OSError: a file cannot be read back, in all processes.
   """
-  lines = _lines(folder)
+  lines = _lines(folder, early.crc)
   if not lines or None in lines.values():
     raise OSError(f'{folder} cannot be read back')
   if distributed.is_writer():
