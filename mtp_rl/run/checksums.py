@@ -61,7 +61,8 @@ class Early:
     self._thread.start()
 
   def _run(self):
-    own = f'{self._folder}*/*/ocdbt.process_{distributed.index()}*/d/*'
+    own = (glob.escape(self._folder)
+           + f'*/*/ocdbt.process_{distributed.index()}*/d/*')
     while not self._ended.wait(.02):
       for path in glob.glob(own):
         name = os.path.basename(path)
@@ -82,18 +83,21 @@ class Early:
     return value if known else _crc(path)
 
 
-def _lines(folder, crc=_crc):
-  """Return a dict file -> its line: CRC, bytes and name (None: unreadable)."""
-  names = _files(folder)
-  if distributed.differing({'files': names}):
-    return {}
+def _lines(folder, names, crc=_crc):
+  """Return the lines of files: CRC, bytes and name; '' for one unreadable."""
   paths = [os.path.join(folder, name) for name in names]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     sums = distributed.split(lambda part: list(pool.map(crc, paths[part])),
                              len(paths))
   sizes = [os.path.getsize(p) if os.path.exists(p) else -1 for p in paths]
-  return {name: None if math.isnan(crc) else f'{int(crc):08x} {size} {name}'
-          for name, crc, size in zip(names, sums, sizes)}
+  return ['' if math.isnan(crc) else f'{int(crc):08x} {size} {name}\n'
+          for name, crc, size in zip(names, sums, sizes)]
+
+
+def _last(lines):
+  """Return the line of the checksums themselves."""
+  text = ''.join(lines).encode()
+  return f'{zlib.crc32(text):08x} {len(text)} {NAME}\n'
 
 
 def write(folder, early):
@@ -106,38 +110,38 @@ def write(folder, early):
   Raises:
     OSError: a file cannot be read back, in all processes.
   """
-  lines = _lines(folder, early.crc)
-  if not lines or None in lines.values():
+  names = _files(folder)
+  alike = not distributed.differing({'files': names})
+  lines = _lines(folder, names, early.crc) if alike else ['']
+  if '' in lines:
     raise OSError(f'{folder} cannot be read back')
   if distributed.is_writer():
-    path = os.path.join(folder, NAME)
-    with open(path + '.part', 'w', encoding='utf-8') as f:
-      f.writelines(line + '\n' for line in lines.values())
-    os.replace(path + '.part', path)
+    with open(os.path.join(folder, NAME), 'w', encoding='utf-8') as f:
+      f.writelines(lines + [_last(lines)])
 
 
 def damage(folder):
   """Return what is wrong with a folder, in words, or None.
 
-  All processes call it, and get the same answer.
+  All processes call it. Files that were added do no harm.
   """
-  lines = _lines(folder)
   try:
     with open(os.path.join(folder, NAME), 'rb') as f:
-      text = f.read()
-  except OSError:
-    return f'its file {NAME} is missing'
-  written = set(text.split(b'\n'))
-  for name, line in lines.items():
-    if line is None:
-      return f'{name} cannot be read'
-    if line.encode() not in written:
-      return f'{name} is not as its checksum says'
-  missing = written - {line.encode() for line in lines.values()} - {b''}
-  if missing:
-    return f'{missing.pop().decode(errors="replace").split(" ")[-1]} is missing'
-  whole = ''.join(line + '\n' for line in lines.values()).encode()
-  return None if text == whole else f'its file {NAME} is not whole'
+      *written, last = f.read().decode().splitlines(keepends=True)
+    names = [line.rstrip('\n').split(' ', 2)[2] for line in written]
+    whole = last == _last(written)
+  except (OSError, ValueError, IndexError):
+    names, whole = [], False
+  if distributed.any_of(not whole):
+    return f'its file {NAME} is missing or not whole'
+  found = None
+  for name, line, now in zip(names, written, _lines(folder, names)):
+    if found is None and line != now:
+      found = f'{name} ' + ('is not as its checksum says' if now
+                            else 'is missing or cannot be read')
+  if distributed.any_of(found):
+    return found or 'as another process of the run finds'
+  return None
 
 
 def has(folder):
