@@ -224,9 +224,8 @@ def _where(workdir, target):
 def kill(campaign, rng, workdir, count):
   """Kill a run `count` times, at once resumed each time."""
   trial = _trial() | {'at': []}
-  targets = ['start-up', 'warmup', 'rl', 'save', 'save']
-  for i in range(count):
-    target = targets[i % 5] if i else rng.choice(targets)
+  targets = rng.sample(['start-up', 'warmup', 'rl', 'save', 'save'], count)
+  for target in targets:
     process = campaign.start(workdir)
     struck = _strike(campaign, rng, workdir, process, target)
     if struck:
@@ -298,10 +297,10 @@ def disk(campaign, rng, workdir, count):
     trial, run = _trial(), workdir / 'run'
     process = campaign.start(run)
     if _strike(campaign, rng, run, process, rng.choice(['warmup', 'rl'])):
-      with open(workdir / 'filler', 'wb') as f, contextlib.suppress(OSError):
+      with contextlib.suppress(OSError), open(
+          workdir / 'filler', 'wb', buffering=0) as f:
         while True:
           f.write(b'0' * 4096)
-          f.flush()
       trial['faults'] = count
     code, said = campaign.end(process)
     trial['codes'].append(code)
