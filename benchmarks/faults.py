@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -457,7 +456,8 @@ def _one(campaign, kind, name, count, seed, trials):
 
 
 def _write(out, trials):
-  values = {'command': re.sub(r'\S*/', '', ' '.join(sys.argv[1:])),
+  flags = [a for a in sys.argv[1:] if '/' not in a]  # no path of a machine
+  values = {'command': ' '.join(flags),
             'jax': jax.__version__, 'trials': trials}
   part = out.with_name(out.name + '.part')
   part.write_text(json.dumps(values, indent=1) + '\n')
