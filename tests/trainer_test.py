@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import config_io, sharding, train_step, trainer
-from mtp_rl.run import checkpoint, inventory, metrics
+from mtp_rl import config_io, sharding, train_step, trainer, warmup
+from mtp_rl.run import checkpoint, inventory, metrics, owner
+from mtp_rl.run import workdir as workdir_lib
 from tests import conftest
 
 V = 14  # tokens of the task's tokenizer
@@ -234,16 +235,17 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(
 
 
 def test_a_warmup_that_rl_no_longer_needs_is_not_read(tmp_path):
-  config = conftest.tiny_config(rl=dict(steps=1), eval=dict(every=9))
-  trainer.train(config, str(tmp_path))
-  for path in (tmp_path / 'checkpoints' / 'warmup' / '4').rglob('*'):
-    if path.is_file():
-      path.write_bytes(b'')
-  assert trainer.train(config, str(tmp_path))['status'] == 'complete'
-  config.rl.kl_coef = .1  # which does, where the RL loss holds on to it
-  shutil.rmtree(tmp_path / 'checkpoints' / 'rl')
-  (tmp_path / 'config.json').unlink()
-  _refused(config, tmp_path, 'no good checkpoint is left in .*warmup')
+  config = conftest.tiny_config()
+  run = workdir_lib.setup(config, str(tmp_path))
+  (tmp_path / 'checkpoints' / 'warmup' / '4').mkdir(parents=True)
+  (tmp_path / 'checkpoints' / 'rl' / '2').mkdir(parents=True)
+  with jax.set_mesh(run.mesh):
+    assert warmup.train(run, lambda: False) == {}
+    config.rl.kl_coef = .1  # holds on to these parameters
+    with pytest.raises(config_lib.ConfigError,
+                       match='no good checkpoint is left in .*warmup'):
+      warmup.train(run, lambda: False)
+  owner.release()
 
 
 def test_a_foreign_checkpoint_is_named(whole, tmp_path):
