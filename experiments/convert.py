@@ -77,8 +77,7 @@ def _write():
   with jax.set_mesh(run.mesh), contextlib.closing(run.task):
     steps = train_step.make(run.config, run.mesh, _PHASE.value)
     saved = checkpoint.Checkpoints(where, config.run.keep)
-    with contextlib.closing(saved):
-      params = saved.restore(steps.abstract, _STEP.value, params_only=True)
+    params = saved.restore(steps.abstract, _STEP.value, params_only=True)
     if _ADAPTERS.value:
       lora.save(_TARGET.value, params, model, config.mtp)
       print(f'see {_TARGET.value}')

@@ -242,6 +242,7 @@ class Run:
   checkpoint_every: int = 50
   keep: int = 2
   progress: bool = True
+  strict: bool = False  # a damaged checkpoint ends the run
   max_skipped: int = 5  # updates in a row that are not finite: the run ends
 
 

@@ -20,7 +20,7 @@ from mtp_rl import distributed, prng, sharding, train_step, tree, warmup
 from mtp_rl.evaluation import held_out
 from mtp_rl.report import run_figures, style
 from mtp_rl.rollout import experience, layout, packing, slots
-from mtp_rl.run import checkpoint, endings, metrics, signals
+from mtp_rl.run import checkpoint, endings, metrics, owner, signals
 from mtp_rl.run import workdir as workdir_lib
 
 
@@ -97,7 +97,7 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
   """
   config, functions = run.config, prepare(run)
   saved = checkpoint.Checkpoints(run.checkpoints('rl'), config.run.keep)
-  start = saved.latest()
+  start = saved.recover(config.run.strict)
   if start is None:
     # The first update donates its state; the KL penalty needs the parameters
     # later, so it then gets a copy.
@@ -114,7 +114,7 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
     start, shown = 0, held_out.means(functions.examiner, state.params)
     writer.write(0, shown)
     saved.save(0, state)
-  with contextlib.closing(saved), contextlib.closing(writer), metrics.progress(
+  with contextlib.closing(writer), metrics.progress(
       config, config.rl.steps, start, 'RL') as bar:
     for step in range(start + 1, config.rl.steps + 1):
       began = time.perf_counter()
@@ -207,6 +207,7 @@ def _running(run):
                    or distributed.any_of(stopped()))
 
 
+@owner.releasing
 def pretrain(config: config_lib.Config, workdir):
   """Run or resume the warm-up alone; return whether it is complete."""
   run = workdir_lib.setup(config, workdir)
@@ -214,6 +215,7 @@ def pretrain(config: config_lib.Config, workdir):
     return warmup.train(run, stopped) is not None
 
 
+@owner.releasing
 def train(config: config_lib.Config, workdir):
   """Run or resume a whole run; return its summary.
 

@@ -98,10 +98,9 @@ def restore(run: workdir_lib.Run):
   """
   steps = train_step.make(run.config, run.mesh, 'warmup')
   saved = checkpoint.Checkpoints(run.checkpoints('warmup'), keep=1)
-  with contextlib.closing(saved):
-    if saved.latest() is None and not run.config.warmup.steps:
-      return _first_state(run, steps).params
-    return saved.restore(steps.abstract, params_only=True)
+  if saved.latest() is None and not run.config.warmup.steps:
+    return _first_state(run, steps).params
+  return saved.restore(steps.abstract, params_only=True)
 
 
 def train(run: workdir_lib.Run, stopped):
@@ -112,28 +111,31 @@ def train(run: workdir_lib.Run, stopped):
     stopped: function () -> whether to stop after this step.
 
   Returns:
-    the parameters, or None if it was stopped before the end.
+    the parameters, or None if it was stopped before the end; nothing is read
+    and {} is returned where RL has begun and no longer needs them.
   """
   config = run.config
   w = config.warmup
+  begun = checkpoint.Checkpoints(run.checkpoints('rl'), keep=1).latest()
+  if begun is not None and not config.rl.kl_coef:
+    return {}
   if w.init:
     return restore(run)
   steps = train_step.make(config, run.mesh, 'warmup')
   saved = checkpoint.Checkpoints(run.checkpoints('warmup'), keep=1)
-  with contextlib.closing(saved):
-    start = saved.latest()
-    if start is None:
-      start, state = 0, _first_state(run, steps)
-      if config.model.pretrained:
-        saved.save(0, state)  # a resumed run reads this
-    else:
-      state = saved.restore(steps.abstract)
-    if start >= w.steps:
-      return state.params
-    draw = lambda params, step: _solutions(run, step)
-    if w.data == 'samples':
-      draw = Samples(run, steps.abstract.params).batch
-    state, done = _loop(run, steps, state, draw, start, saved, stopped)
+  start = saved.recover(config.run.strict)
+  if start is None:
+    start, state = 0, _first_state(run, steps)
+    if config.model.pretrained:
+      saved.save(0, state)  # a resumed run reads this
+  else:
+    state = saved.restore(steps.abstract)
+  if start >= w.steps:
+    return state.params
+  draw = lambda params, step: _solutions(run, step)
+  if w.data == 'samples':
+    draw = Samples(run, steps.abstract.params).batch
+  state, done = _loop(run, steps, state, draw, start, saved, stopped)
   return state.params if done else None
 
 

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -214,6 +215,33 @@ def test_stopped_and_killed_it_resumes_to_the_same_result(run, tmp_path):
   assert _rows(workdir) == _rows(whole)
   assert metrics.read(os.path.join(workdir, 'samples.jsonl')) == metrics.read(
       os.path.join(whole, 'samples.jsonl'))
+
+
+@pytest.mark.long
+def test_all_agree_on_a_damaged_checkpoint_and_on_the_owner(run, tmp_path):
+  """One process finds the damage in its share; a second run is refused."""
+  whole, workdir = run('moe', '2x4'), str(tmp_path / 'run')
+  shutil.copytree(whole, workdir)
+  newest = pathlib.Path(workdir, 'checkpoints', 'rl', '3')
+  assert len(list(newest.glob('state/ocdbt.process_*'))) == 2
+  path = max(newest.glob('state/ocdbt.process_1/d/*'))
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+  command = _train(_config('moe'), workdir)
+  first = _start(command)
+  lock = pathlib.Path(workdir, 'lock.json')
+  while not lock.exists():
+    assert all(c.poll() is None for c in first), _end(first)
+    time.sleep(.01)
+  for code, out, err in _end(_start(command)):
+    assert code == 2 and 'still running' in err, out + err
+  done = _end(first)
+  assert [code for code, *_ in done] == [0, 0], done
+  assert 'goes on from step 2' in done[0][2] and not lock.exists()
+  assert newest.with_name('3.damaged').exists()
+  jax.tree.map(np.testing.assert_array_equal, _state(workdir), _state(whole))
+  assert _rows(workdir) == _rows(whole)
 
 
 def test_two_processes_evaluate_as_one(run):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import config_io, sharding, train_step, trainer
-from mtp_rl.run import checkpoint, metrics
+from mtp_rl import config_io, sharding, train_step, trainer, warmup
+from mtp_rl.run import checkpoint, inventory, metrics, owner
+from mtp_rl.run import workdir as workdir_lib
 from tests import conftest
 
 V = 14  # tokens of the task's tokenizer
@@ -77,6 +79,8 @@ def test_a_run_leaves_what_it_promises(whole):
   with open(os.path.join(workdir, 'summary.json'), encoding='utf-8') as f:
     assert json.load(f) == summary
   assert config_io.load(os.path.join(workdir, 'config.json')) == _config()
+  found = inventory.inspect(workdir)
+  assert all(item.good for item in found), found
 
 
 @pytest.mark.parametrize('kind', [
@@ -199,14 +203,49 @@ def test_another_config_in_the_same_workdir_is_refused(whole):
 
 
 def test_a_damaged_checkpoint_is_named(whole, tmp_path):
-  import shutil
   workdir, _ = whole
   copy = tmp_path / 'copy'
   shutil.copytree(workdir, copy)
   for path in (copy / 'checkpoints' / 'rl').rglob('*'):
     if path.is_file() and path.stat().st_size > 0 and 'd' in path.parts[-2:-1]:
       path.write_bytes(b'\0' * 10)
-  _refused(_config(), copy, 'checkpoints/rl/4 cannot be restored')
+  _refused(_config(), copy, 'no good checkpoint is left in .*checkpoints/rl')
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(
+    whole, tmp_path, capsys):
+  """One changed bit in the newest: the result is that of the whole run."""
+  workdir, _ = whole
+  copy = tmp_path / 'copy'
+  shutil.copytree(workdir, copy)
+  newest = copy / 'checkpoints' / 'rl' / '4'
+  path = max(newest.rglob('*'), key=lambda p: p.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 4
+  path.write_bytes(data)
+  config = _config()
+  config.run.strict = True
+  _refused(config, copy, 'rl/4 is damaged .* run.strict')
+  assert trainer.train(_config(), str(copy))['status'] == 'complete'
+  assert 'goes on from step 2' in capsys.readouterr().err
+  assert sorted(os.listdir(newest.parent)) == ['2', '4', '4.damaged']
+  for name in ('metrics.jsonl', 'samples.jsonl'):
+    assert _rows(copy, name) == _rows(workdir, name)
+  _identical(_state(_config(), copy), _state(_config(), workdir))
+
+
+def test_a_warmup_that_rl_no_longer_needs_is_not_read(tmp_path):
+  config = conftest.tiny_config()
+  run = workdir_lib.setup(config, str(tmp_path))
+  (tmp_path / 'checkpoints' / 'warmup' / '4').mkdir(parents=True)
+  (tmp_path / 'checkpoints' / 'rl' / '2').mkdir(parents=True)
+  with jax.set_mesh(run.mesh):
+    assert warmup.train(run, lambda: False) == {}
+    config.rl.kl_coef = .1  # holds on to these parameters
+    with pytest.raises(config_lib.ConfigError,
+                       match='no good checkpoint is left in .*warmup'):
+      warmup.train(run, lambda: False)
+  owner.release()
 
 
 def test_a_foreign_checkpoint_is_named(whole, tmp_path):

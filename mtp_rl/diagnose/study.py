@@ -104,9 +104,9 @@ def collect(run: workdir_lib.Run, config: config_lib.Config, steps, rollouts,
     saved = checkpoint.Checkpoints(run.path('checkpoints', 'rl'),
                                    run.config.run.keep)
     out = {s: [] for s in steps}
-    with contextlib.closing(saved), tqdm.tqdm(
-        total=len(steps) * rollouts, desc='rollouts', file=sys.stderr,
-        disable=not progress, dynamic_ncols=True) as bar:
+    with tqdm.tqdm(total=len(steps) * rollouts, desc='rollouts',
+                   file=sys.stderr, disable=not progress,
+                   dynamic_ncols=True) as bar:
       for step in steps:
         state = saved.restore(abstract, step)
         for i in range(rollouts):
@@ -137,8 +137,8 @@ def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
   validate.validate(config)
   run = workdir_lib.reopen(own, workdir)
   where = workdir_lib.existing_checkpoints(run, 'rl')
-  with contextlib.closing(checkpoint.Checkpoints(where, own.run.keep)) as saved:
-    chosen, notes = _choose(saved, steps, where), _note(run, saved.steps())
+  saved = checkpoint.Checkpoints(where, own.run.keep)
+  chosen, notes = _choose(saved, steps, where), _note(run, saved.steps())
   grid = np.linspace(-bound, bound, points)
   found = collect(run, config, chosen, rollouts, grid, progress)
   summaries = [summary.summarise(s, m, grid) for s, m in found.items()]

@@ -147,9 +147,8 @@ def score_checkpoint(workdir, phase, step, samples, settings=()):
   with jax.set_mesh(run.mesh), contextlib.closing(run.task):
     saved = checkpoint.Checkpoints(where, config.run.keep)
     functions = trainer.prepare(run)
-    with contextlib.closing(saved):
-      step = saved.latest() if step is None else step
-      params = saved.restore(functions.steps.abstract, step, params_only=True)
+    step = saved.latest() if step is None else step
+    params = saved.restore(functions.steps.abstract, step, params_only=True)
     os.makedirs(run.path('evaluation'), exist_ok=True)
     identity = _identity(config, where, step, run.task)
     name = f'{phase}_{step}_k{config.eval.samples}'

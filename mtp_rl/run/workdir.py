@@ -25,13 +25,13 @@ from mtp_rl import (
 )
 from mtp_rl.models import pretrained
 from mtp_rl.rollout import prompts as prompts_lib
-from mtp_rl.run import checkpoint, metrics
+from mtp_rl.run import checkpoint, metrics, owner
 
 _PUBLISHED = 'published.json'
 # Fields that may change when a workdir is resumed. rl.steps may as well under a
 # constant schedule; under others the learning rate depends on it.
 _MAY_CHANGE = ('eval.every', 'run.checkpoint_every', 'run.keep',
-               'run.progress')
+               'run.progress', 'run.strict')
 
 
 class Run(NamedTuple):
@@ -74,6 +74,7 @@ def setup(config: config_lib.Config, workdir):
   path = os.path.join(workdir, 'config.json')
   with distributed.together():
     checkpoint.prepare_workdir(workdir)
+    owner.take(workdir)
     _same_config(path, config)
   task = distributed.in_turn(lambda: tasks.make(config))
   with distributed.together():

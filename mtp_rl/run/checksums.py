@@ -1,0 +1,149 @@
+"""Checksums of a checkpoint: a CRC-32 and a size for each of its files.
+
+Orbax's files carry checksums of their index alone: a changed byte of an array
+loads. CRC-32 (zlib's) notices every burst of up to 32 bits and misses other
+damage once in 2^32; it guards against faults, not against forgery. All
+processes take part: each reads its share of the files, several at a time.
+"""
+
+import concurrent.futures
+import contextlib
+import glob
+import math
+import os
+import threading
+import zlib
+
+from mtp_rl import distributed
+
+NAME = 'CHECKSUMS'
+_BLOCK = 2 ** 20
+_THREADS = 8
+
+
+def _files(folder):
+  """Return the paths of all files but the checksums, inside a folder."""
+  found = [os.path.relpath(os.path.join(where, name), folder)
+           for where, _, names in os.walk(folder) for name in names]
+  return sorted(name for name in found if name != NAME)
+
+
+def _crc(path):
+  """Return the CRC-32 of a file; NaN where it cannot be read."""
+  block, value = bytearray(_BLOCK), 0
+  view = memoryview(block)
+  try:
+    with open(path, 'rb', buffering=0) as f:
+      while size := f.readinto(block):
+        value = zlib.crc32(view[:size], value)
+  except OSError:
+    return math.nan
+  return value
+
+
+def _identity(path):
+  """Return what changes where a file is written to, but not its name."""
+  s = os.stat(path)
+  return s.st_ino, s.st_size, s.st_mtime_ns
+
+
+class Early:
+  """Takes the CRC of data files while others are still being written.
+
+  Tensorstore gives a data file its name once it is whole.
+  """
+
+  def __init__(self, folder):
+    """Watch a folder, and those that orbax will rename to it."""
+    self._folder, self._sums = folder, {}
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._run, daemon=True)
+    self._thread.start()
+
+  def _run(self):
+    own = (glob.escape(self._folder)
+           + f'*/*/ocdbt.process_{distributed.index()}*/d/*')
+    while not self._ended.wait(.02):
+      for path in glob.glob(own):
+        name = os.path.basename(path)
+        if '.' in name or name in self._sums:
+          continue
+        with contextlib.suppress(OSError):
+          self._sums[name] = _identity(path), _crc(path)
+
+  def close(self):
+    """Stop watching."""
+    self._ended.set()
+    self._thread.join()
+
+  def crc(self, path):
+    """Return the CRC-32 of a file, as known or taken now."""
+    identity, value = self._sums.get(os.path.basename(path), (None, None))
+    known = identity is not None and identity == _identity(path)
+    return value if known else _crc(path)
+
+
+def _lines(folder, names, crc=_crc):
+  """Return the lines of files: CRC, bytes and name; '' for one unreadable."""
+  paths = [os.path.join(folder, name) for name in names]
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    sums = distributed.split(lambda part: list(pool.map(crc, paths[part])),
+                             len(paths))
+  sizes = [os.path.getsize(p) if os.path.exists(p) else -1 for p in paths]
+  return ['' if math.isnan(crc) else f'{int(crc):08x} {size} {name}\n'
+          for name, crc, size in zip(names, sums, sizes)]
+
+
+def _last(lines):
+  """Return the line of the checksums themselves."""
+  text = ''.join(lines).encode()
+  return f'{zlib.crc32(text):08x} {len(text)} {NAME}\n'
+
+
+def write(folder, early):
+  """Write the checksums of a folder that all processes have filled.
+
+  Args:
+    folder: path.
+    early: `Early` that has watched it.
+
+  Raises:
+    OSError: a file cannot be read back, in all processes.
+  """
+  names = _files(folder)
+  alike = not distributed.differing({'files': names})
+  lines = _lines(folder, names, early.crc) if alike else ['']
+  if '' in lines:
+    raise OSError(f'{folder} cannot be read back')
+  if distributed.is_writer():
+    with open(os.path.join(folder, NAME), 'w', encoding='utf-8') as f:
+      f.writelines(lines + [_last(lines)])
+
+
+def damage(folder):
+  """Return what is wrong with a folder, in words, or None.
+
+  All processes call it. Files that were added do no harm.
+  """
+  try:
+    with open(os.path.join(folder, NAME), 'rb') as f:
+      *written, last = f.read().decode().splitlines(keepends=True)
+    names = [line.rstrip('\n').split(' ', 2)[2] for line in written]
+    whole = last == _last(written)
+  except (OSError, ValueError, IndexError):
+    names, whole = [], False
+  if distributed.any_of(not whole):
+    return f'its file {NAME} is missing or not whole'
+  found = None
+  for name, line, now in zip(names, written, _lines(folder, names)):
+    if found is None and line != now:
+      found = f'{name} ' + ('is not as its checksum says' if now
+                            else 'is missing or cannot be read')
+  if distributed.any_of(found):
+    return found or 'as another process of the run finds'
+  return None
+
+
+def has(folder):
+  """Return whether a folder was written with checksums."""
+  return os.path.exists(os.path.join(folder, NAME))
