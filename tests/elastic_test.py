@@ -1,13 +1,16 @@
 """A workdir goes on on other devices, in other portions: the same run."""
 
+import contextlib
 import functools
 import os
 
+import jax
+import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import config_io, trainer
-from mtp_rl.run import metrics
+from mtp_rl import config_io, sharding, train_step, trainer
+from mtp_rl.run import checkpoint, metrics
 from mtp_rl.run import workdir as workdir_lib
 from tests import batches, conftest, distributed_test
 
@@ -38,6 +41,32 @@ def _assert_same_run(workdir, wanted):
                        rtol=1e-5, atol=1e-5)
 
 
+def test_a_checkpoint_of_one_device_goes_on_on_eight(tmp_path):
+  """Saved after one update, loaded straight into other shards, updated."""
+  made = {}
+  for name, mesh in (('one', dict(data=1)), ('eight', EIGHT)):
+    config = batches.config('policy', mesh=mesh)
+    mesh = sharding.make_mesh(config.mesh)
+    saved = checkpoint.Checkpoints(str(tmp_path), 9)
+    with jax.set_mesh(mesh), contextlib.closing(saved):
+      steps = train_step.make(config, mesh)
+      if saved.latest() is None:
+        state, _ = steps.update(steps.init(jax.random.key(0)),
+                                batches.batch(1, 0))
+        saved.save(1, state)
+        made['saved'] = jax.device_get(state)
+      else:
+        state = saved.restore(steps.abstract)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state),
+                     made['saved'])
+      state, _ = steps.update(state, batches.batch(1, 1))
+      made[name] = jax.device_get(state)
+  assert made['eight'].step == 2
+  batches.assert_close(made['eight'].params, made['one'].params, rtol=1e-5,
+                       atol=1e-5)
+
+
+@pytest.mark.long
 def test_one_device_then_eight_is_one_device(tmp_path, capsys):
   whole, workdir = str(tmp_path / 'whole'), str(tmp_path / 'run')
   trainer.train(_config(2, ONE), whole)
