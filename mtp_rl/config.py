@@ -239,6 +239,7 @@ class Run:
   checkpoint_every: int = 50
   keep: int = 2
   progress: bool = True
+  hang_minutes: float = 60.  # processes waiting for each other: the run ends
   max_skipped: int = 5  # updates in a row that are not finite: the run ends
 
 

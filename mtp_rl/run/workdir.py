@@ -32,7 +32,7 @@ _PUBLISHED = 'published.json'
 # in what portions the work is done, which changes results by rounding alone.
 # `_may_change` adds those that some settings tie to the result.
 _BOOKKEEPING = ('eval.every', 'run.checkpoint_every', 'run.keep',
-                'run.progress')
+                'run.progress', 'run.hang_minutes')
 _LAYOUT = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.expert',
            'rollout.tensor', 'rollout.expert', 'model.remat',
            'model.head_chunk', 'task.processes')
@@ -74,6 +74,7 @@ def setup(config: config_lib.Config, workdir):
     config.ConfigError: one sentence on what is wrong and how to fix it.
   """
   validate.validate(config)
+  distributed.be_patient(60 * config.run.hang_minutes)
   mesh = sharding.make_mesh(config.mesh)
   path = os.path.join(workdir, 'config.json')
   with distributed.together():
@@ -121,6 +122,7 @@ def reopen(config: config_lib.Config, workdir):
     config.ConfigError: the config cannot work, or the workdir is damaged.
   """
   validate.validate(config)
+  distributed.be_patient(60 * config.run.hang_minutes)
   mesh = sharding.make_mesh(config.mesh)
   task = distributed.in_turn(lambda: tasks.make(config))
   with distributed.together():
