@@ -12,6 +12,8 @@ import contextlib
 import json
 import os
 import socket
+import sys
+import threading
 import time
 import zlib
 
@@ -23,7 +25,8 @@ from jax.experimental import multihost_utils
 from mtp_rl import config as config_lib
 from mtp_rl.run import endings, peers
 
-CONNECT_S = 240  # seconds to wait until process 0 listens
+CONNECT_S = 240  # seconds to wait until process 0 listens, and then for others
+_NOTE_S = 10  # seconds of waiting after which a process says so
 # Seconds without a heartbeat after which JAX's runtime aborts all, if `peers`
 # has not ended them; seconds that a process waits for the others at the end.
 HEARTBEAT_S = 100
@@ -47,18 +50,24 @@ def initialize(coordinator=None, processes=None, process=None):
 
   Raises:
     config.ConfigError: the processes cannot connect. (If others never start,
-      JAX's runtime aborts the waiting process after five minutes.)
+      the waiting process ends with the exit code of the environment.)
   """
   if coordinator is not None:
-    _reach(coordinator, process)
+    with _timer(_NOTE_S, lambda: _say(
+        f'waiting for process 0 at {coordinator}, for {CONNECT_S} s at most')):
+      _reach(coordinator, process)
   # JAX's preemption service takes SIGTERM for itself, outside the training
   # loop as well, which has its own handler and the same agreement.
   if not preemption_service():
     jax.config.update('jax_enable_preemption_service', False)
   try:
-    jax.distributed.initialize(
-        coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_S,
-        shutdown_timeout_seconds=SHUTDOWN_S)
+    with _timer(_NOTE_S, lambda: _say(
+        'waiting for the other processes of the run, for '
+        f'{CONNECT_S} s at most')), _timer(CONNECT_S, _alone):
+      jax.distributed.initialize(
+          coordinator, processes, process,
+          heartbeat_timeout_seconds=HEARTBEAT_S,
+          shutdown_timeout_seconds=SHUTDOWN_S)
   except (ValueError, TypeError, RuntimeError, OSError, KeyError) as e:
     first = str(e).strip().split('\n')[0][:200]
     raise config_lib.ConfigError(
@@ -70,6 +79,29 @@ def initialize(coordinator=None, processes=None, process=None):
     _watch = peers.Watch(jax_distributed.global_state.client, index(), count(),
                          PATIENCE_S)
     atexit.register(_watch.stop)
+
+
+@contextlib.contextmanager
+def _timer(seconds, action):
+  """Call action() from a thread if the block takes longer."""
+  timer = threading.Timer(seconds, action)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+def _say(text):
+  print(text, file=sys.stderr, flush=True)
+
+
+def _alone():
+  """End a process that the others do not join; JAX would abort it later."""
+  _say(f'error: not all processes of the run have come within {CONNECT_S} s; '
+       'start all of them with the same command, and see what the others say')
+  os._exit(endings.ENVIRONMENT)
 
 
 def _reach(coordinator, process):

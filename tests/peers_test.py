@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -126,3 +128,31 @@ def test_a_run_with_a_stopped_process_ends_and_goes_on(tmp_path):
     assert code == 0, out + err
   rows = metrics.read(os.path.join(workdir, 'metrics.jsonl'))
   assert [r['step'] for r in rows] == [0, 1, 2, 3]
+
+
+_LONELY = '''
+from experiments import launch
+from mtp_rl import distributed
+import sys
+distributed.CONNECT_S, distributed._NOTE_S = 3, 1
+launch.define_processes()
+sys.argv = [sys.argv[0], '--workdir=unused', *sys.argv[1:]]
+launch.run(lambda: None)
+'''
+
+
+@pytest.mark.parametrize('alone, code, said', [
+    (0, 4, 'not all processes of the run have come within 3 s'),
+    (1, 2, 'nobody listens at --coordinator=')])
+def test_a_process_that_waits_in_vain_says_so_and_ends(alone, code, said):
+  both = distributed_test._start(['-c', 'import time; time.sleep(30)'])
+  flags = both[alone].args[3:]
+  for child in both:
+    child.kill()
+    child.communicate()
+  child = subprocess.run([sys.executable, '-c', _LONELY, *flags],
+                         cwd=distributed_test.ROOT, capture_output=True,
+                         text=True, timeout=60)
+  assert child.returncode == code, child.stderr
+  assert 'waiting for' in child.stderr and ' for 3 s at most' in child.stderr
+  assert said in child.stderr and 'Traceback' not in child.stderr

@@ -2,16 +2,19 @@
 
 import errno
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
 from mtp_rl import config as config_lib
-from mtp_rl import trainer
+from mtp_rl import config_io, trainer
 from mtp_rl.run import metrics
 from mtp_rl.run import workdir as workdir_lib
-from tests import conftest
+from tests import conftest, distributed_test
 
 
 def _config(**sections):
@@ -174,3 +177,44 @@ def test_tensorboard_shows_the_same_points_after_kills(
     f.truncate(newest.stat().st_size - 3)
   trainer.train(config, str(killed))
   assert not kills and _points(killed) == wanted
+
+
+@pytest.fixture(name='small_disk')
+def _small_disk(tmp_path):
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=140m', 'none', disk],
+                    capture_output=True).returncode:
+    pytest.skip('no right to mount a disk')
+  yield disk
+  subprocess.run(['umount', '-l', disk], check=True)
+
+
+@pytest.mark.long
+def test_a_disk_that_fills_during_rl_ends_the_run(small_disk, tmp_path):
+  """In time and with a sentence; with room again the same command goes on."""
+  workdir, path = small_disk / 'run', tmp_path / 'config.json'
+  metrics.write_json(str(path), config_io.to_dict(_config(
+      rl=dict(steps=20), run=dict(checkpoint_every=1), eval=dict(every=1))))
+  command = [sys.executable, '-m', 'experiments.train',
+             f'--config=configs/from_json.py:{path}', f'--workdir={workdir}']
+  start = lambda: subprocess.Popen(
+      command, cwd=distributed_test.ROOT, text=True, stderr=subprocess.PIPE,
+      env=os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'})
+  child = start()
+  distributed_test._wait_for(str(workdir), 2, [child])
+  with pytest.raises(OSError), open(small_disk / 'filler', 'wb') as f:
+    while True:
+      f.write(bytes(2 ** 20))
+      f.flush()
+  _, err = child.communicate(timeout=60)
+  errors = [x for x in err.splitlines() if x.startswith('error: ')]
+  assert child.returncode == 4 and len(errors) == 1, err
+  assert 'the same command goes on from the last checkpoint' in errors[0]
+  (small_disk / 'filler').unlink()
+  child = start()
+  _, err = child.communicate(timeout=200)
+  assert child.returncode == 0, err
+  steps = [r['step'] for r in metrics.read(str(workdir / 'metrics.jsonl'))]
+  assert steps == list(range(21))
+  assert [s for s, _ in _points(workdir)['rl']['reward/mean']] == steps[1:]
