@@ -209,6 +209,9 @@ def run(action):
       end(f'error: unexpected argument {argv[1]!r}', endings.SETTING)
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)
+    # orbax logs, with its threads' tracebacks, what it raises as well.
+    logging.get_absl_handler().addFilter(
+        lambda r: not (r.exc_info and 'orbax' in r.pathname))
     if 'config' in flags.FLAGS:
       try:  # a missing config file fails at the first read
         _ = flags.FLAGS['config'].value and flags.FLAGS['config'].value.seed
