@@ -79,6 +79,21 @@ def _leave(text, code):
   sys.exit(code)
 
 
+def _blame_the_disk(error):
+  """Exit with a sentence where a full or broken disk is the cause."""
+  if isinstance(error, OSError):
+    if error.errno not in _MACHINE:
+      return
+    what = f'{error.strerror} ({error.filename or "a file of the run"})'
+  else:  # tensorstore's errors are of other kinds
+    what = re.search('No space left on device|Disk quota exceeded', str(error))
+    if not what:
+      return
+    what = what[0]
+  _leave(f'{what}; make room or repair the disk, and the same command goes on '
+         'from the last checkpoint', endings.ENVIRONMENT)
+
+
 def _crash(error):
   """Raise an error that nobody foresaw; other processes learn of it.
 
@@ -189,15 +204,10 @@ def _one_sentence():
     yield
   except config_lib.ConfigError as e:
     _leave(str(e), endings.exit_code(e))
-  except OSError as e:
-    if e.errno not in _MACHINE:
-      _crash(e)
-    _leave(f'{e.strerror} ({e.filename or "a file of the run"}); make room or '
-           'repair the disk, and the same command goes on from the last '
-           'checkpoint', endings.ENVIRONMENT)
   except KeyboardInterrupt:
     sys.exit(130)  # 128 + SIGINT, as after a second signal
   except Exception as e:
+    _blame_the_disk(e)
     _crash(e)
 
 

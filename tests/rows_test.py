@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -208,9 +209,9 @@ def test_a_disk_that_fills_during_rl_ends_the_run(small_disk, tmp_path):
       f.write(bytes(2 ** 20))
       f.flush()
   _, err = child.communicate(timeout=60)
-  errors = [x for x in err.splitlines() if x.startswith('error: ')]
-  assert child.returncode == 4 and len(errors) == 1, err
-  assert 'the same command goes on from the last checkpoint' in errors[0]
+  # Threads of tensorstore may print beside it that their loop is closed.
+  said = re.findall('error: .*the same command goes on from the last', err)
+  assert child.returncode == 4 and len(said) == 1, err
   (small_disk / 'filler').unlink()
   child = start()
   _, err = child.communicate(timeout=200)
