@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -68,6 +69,46 @@ def end(text, code):
   """Print a line to stderr, and exit with one of the codes of `endings`."""
   print(text, file=sys.stderr, flush=True)
   sys.exit(code)
+
+
+def _leave(text, code):
+  """Print a sentence and exit; other processes of the run learn of it."""
+  print(f'error: {text}', file=sys.stderr, flush=True)
+  if others := sys.modules.get('mtp_rl.distributed'):
+    others.depart(code, text)
+  sys.exit(code)
+
+
+def _blame_the_disk(error):
+  """Exit with a sentence where a full or broken disk is the cause."""
+  if isinstance(error, OSError):
+    if error.errno not in _MACHINE:
+      return
+    what = f'{error.strerror} ({error.filename or "a file of the run"})'
+  else:  # tensorstore's errors are of other kinds
+    what = re.search('No space left on device|Disk quota exceeded', str(error))
+    if not what:
+      return
+    what = what[0]
+  _leave(f'{what}; make room or repair the disk, and the same command goes on '
+         'from the last checkpoint', endings.ENVIRONMENT)
+
+
+def _crash(error):
+  """Raise an error that nobody foresaw; other processes learn of it.
+
+  Where it says that another process has gone, that is the sentence.
+  """
+  others = sys.modules.get('mtp_rl.distributed')
+  if others is None or others.count() == 1:
+    raise error
+  text = str(error).strip().split('\n')[0][:200]
+  if others.is_of_a_peer(error):
+    _leave(f'another process of the run has gone ({text}); its output says '
+           'why, and the same command goes on from the last checkpoint',
+           endings.ENVIRONMENT)
+  traceback.print_exception(error)
+  others.depart(endings.DEFECT, f'{type(error).__name__}: {text}')
 
 
 def _help():
@@ -162,15 +203,12 @@ def _one_sentence():
   try:
     yield
   except config_lib.ConfigError as e:
-    end(f'error: {e}', endings.exit_code(e))
-  except OSError as e:
-    if e.errno not in _MACHINE:
-      raise
-    end(f'error: {e.strerror} ({e.filename or "a file of the run"}); make room '
-        'or repair the disk, and the same command goes on from the last '
-        'checkpoint', endings.ENVIRONMENT)
+    _leave(str(e), endings.exit_code(e))
   except KeyboardInterrupt:
     sys.exit(130)  # 128 + SIGINT, as after a second signal
+  except Exception as e:
+    _blame_the_disk(e)
+    _crash(e)
 
 
 def run(action):
@@ -181,6 +219,9 @@ def run(action):
       end(f'error: unexpected argument {argv[1]!r}', endings.SETTING)
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)
+    # orbax logs, with its threads' tracebacks, what it raises as well.
+    logging.get_absl_handler().addFilter(
+        lambda r: not (r.exc_info and 'orbax' in r.pathname))
     if 'config' in flags.FLAGS:
       try:  # a missing config file fails at the first read
         _ = flags.FLAGS['config'].value and flags.FLAGS['config'].value.seed

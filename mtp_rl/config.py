@@ -243,6 +243,7 @@ class Run:
   keep: int = 2
   progress: bool = True
   strict: bool = False  # a damaged checkpoint ends the run
+  hang_minutes: float = 60.  # processes waiting for each other: the run ends
   max_skipped: int = 5  # updates in a row that are not finite: the run ends
 
 

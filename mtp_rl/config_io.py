@@ -1,6 +1,7 @@
 """Configs as text: JSON, `section.field=value`, and names of older versions."""
 
 import dataclasses
+import functools
 import json
 
 from mtp_rl import config as config_lib
@@ -88,6 +89,12 @@ def load(path):
   except (json.JSONDecodeError, AttributeError) as e:
     raise ConfigError(f'{path} is not a config written by this project: '
                       f'{e}') from e
+
+
+def describe(config: config_lib.Config, names):
+  """Return `section.field=value` of some fields, as text."""
+  return ', '.join(f'{n}={functools.reduce(getattr, n.split("."), config)}'
+                   for n in names)
 
 
 def differences(a: config_lib.Config, b: config_lib.Config):

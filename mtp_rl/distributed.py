@@ -7,25 +7,35 @@ split over the processes. Process 0 alone writes files, except checkpoints:
 every process writes its shards. With one process nothing is communicated.
 """
 
+import atexit
 import contextlib
 import json
 import os
 import socket
+import sys
+import threading
 import time
 import zlib
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed  # its key-value store
 from jax.experimental import multihost_utils
 
 from mtp_rl import config as config_lib
-from mtp_rl.run import endings
+from mtp_rl.run import endings, peers
 
-CONNECT_S = 240  # seconds to wait until process 0 listens
-# Seconds without a heartbeat after which a process counts as dead and the
-# others end, and seconds that a process waits for the others at the end.
-HEARTBEAT_S = 60
+CONNECT_S = 240  # seconds to wait until process 0 listens, and then for others
+_NOTE_S = 10  # seconds of waiting after which a process says so
+# Seconds without a heartbeat after which JAX's runtime aborts all, if `peers`
+# has not ended them; seconds that a process waits for the others at the end.
+HEARTBEAT_S = 100
 SHUTDOWN_S = 30
+PATIENCE_S = 3600.  # see `peers.Watch`, until the config is read
+# In the errors of collectives that lost a process.
+_GONE = ('Gloo', 'NCCL', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'Socket closed',
+         'Connection closed', 'Connection reset')
+_watch = None  # `peers.Watch` of a run of several processes
 _MESSAGE = 1000  # bytes of an error message that processes exchange
 
 
@@ -40,24 +50,58 @@ def initialize(coordinator=None, processes=None, process=None):
 
   Raises:
     config.ConfigError: the processes cannot connect. (If others never start,
-      JAX's runtime aborts the waiting process after five minutes.)
+      the waiting process ends with the exit code of the environment.)
   """
   if coordinator is not None:
-    _reach(coordinator, process)
+    with _timer(_NOTE_S, lambda: _say(
+        f'waiting for process 0 at {coordinator}, for {CONNECT_S} s at most')):
+      _reach(coordinator, process)
   # JAX's preemption service takes SIGTERM for itself, outside the training
   # loop as well, which has its own handler and the same agreement.
   if not preemption_service():
     jax.config.update('jax_enable_preemption_service', False)
   try:
-    jax.distributed.initialize(
-        coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_S,
-        shutdown_timeout_seconds=SHUTDOWN_S)
+    with _timer(_NOTE_S, lambda: _say(
+        'waiting for the other processes of the run, for '
+        f'{CONNECT_S} s at most')), _timer(CONNECT_S, _alone):
+      jax.distributed.initialize(
+          coordinator, processes, process,
+          heartbeat_timeout_seconds=HEARTBEAT_S,
+          shutdown_timeout_seconds=SHUTDOWN_S)
   except (ValueError, TypeError, RuntimeError, OSError, KeyError) as e:
     first = str(e).strip().split('\n')[0][:200]
     raise config_lib.ConfigError(
         f'the processes of the run do not find each other ({first}); if the '
         'cluster does not set them, give --coordinator=HOST:PORT, --processes '
         'and --process') from e
+  if count() > 1:
+    global _watch
+    _watch = peers.Watch(jax_distributed.global_state.client, index(), count(),
+                         PATIENCE_S)
+    atexit.register(_watch.stop)
+
+
+@contextlib.contextmanager
+def _timer(seconds, action):
+  """Call action() from a thread if the block takes longer."""
+  timer = threading.Timer(seconds, action)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+def _say(text):
+  print(text, file=sys.stderr, flush=True)
+
+
+def _alone():
+  """End a process that the others do not join; JAX would abort it later."""
+  _say(f'error: not all processes of the run have come within {CONNECT_S} s; '
+       'start all of them with the same command, and see what the others say')
+  os._exit(endings.ENVIRONMENT)
 
 
 def _reach(coordinator, process):
@@ -122,6 +166,46 @@ def preempted(check):
   return multihost_utils.reached_preemption_sync_point(check)
 
 
+def be_patient(seconds):
+  """Set how long processes may wait for each other before all end."""
+  if _watch is not None:
+    _watch.patience = seconds
+
+
+def depart(code, text):
+  """End a process whose others may not know why, telling them.
+
+  With one process it does nothing.
+
+  Args:
+    code: the exit code, for all of them.
+    text: one sentence.
+  """
+  if _watch is not None:
+    _watch.depart(code, text)
+
+
+def is_of_a_peer(error):
+  """Return whether an exception says that another process has gone.
+
+  If that one told how it ended, this one ends here, in the same way.
+  """
+  if _watch is None or not any(word in str(error) for word in _GONE):
+    return False
+  _watch.follow()
+  return True
+
+
+def _gather(x, tiled=False):
+  """Return the arrays of all processes, and note that they have met."""
+  if _watch is not None:
+    _watch.progress()
+  out = multihost_utils.process_allgather(x, tiled=tiled)
+  if _watch is not None:
+    _watch.progress()
+  return out
+
+
 def put(rows, sharding):
   """Return NumPy arrays, the same in every process, as sharded device arrays.
 
@@ -140,7 +224,7 @@ def fetch(tree):
   """Return a pytree of arrays, however sharded, as whole NumPy arrays."""
   if count() == 1:
     return jax.device_get(tree)
-  return multihost_utils.process_allgather(tree, tiled=True)
+  return _gather(tree, tiled=True)
 
 
 def share(rows):
@@ -166,7 +250,7 @@ def split(work, rows):
     return done
   padded = np.pad(done, (0, size - len(done)))
   # Sent as pairs of uint32: JAX would round a float64.
-  words = multihost_utils.process_allgather(padded.view(np.uint32), tiled=True)
+  words = _gather(padded.view(np.uint32), tiled=True)
   return words.view(np.float64)[:rows]
 
 
@@ -175,7 +259,7 @@ def total(counts):
   if count() == 1 or not counts:
     return counts
   mine = np.asarray(list(counts.values()), np.int32)
-  return dict(zip(counts, multihost_utils.process_allgather(mine).sum(
+  return dict(zip(counts, _gather(mine).sum(
       0).tolist()))
 
 
@@ -183,7 +267,7 @@ def any_of(flag):
   """Return whether a flag is set in any process."""
   if count() == 1:
     return bool(flag)
-  return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+  return bool(_gather(np.bool_(flag)).any())
 
 
 def all_of(flag):
@@ -206,7 +290,7 @@ def differing(values):
     return []
   sums = np.asarray([zlib.crc32(json.dumps(v, sort_keys=True).encode())
                      for v in values.values()], np.uint32)
-  seen = multihost_utils.process_allgather(sums)
+  seen = _gather(sums)
   return [n for n, same in zip(values, (seen == seen[0]).all(0)) if not same]
 
 
@@ -231,7 +315,7 @@ def together():
   if count() > 1:
     mine = np.zeros(_MESSAGE, np.uint8)
     mine[:len(said)] = np.frombuffer(said, np.uint8)
-    for message in multihost_utils.process_allgather(mine):
+    for message in _gather(mine):
       if message.any() and error is None:
         code, *text = message.tobytes().rstrip(b'\0')
         error = endings.error(code, bytes(text).decode(errors='replace'))

@@ -107,12 +107,14 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
   else:
     state = saved.restore(functions.steps.abstract)
   reference = warm_params if config.rl.kl_coef else None
-  writer = metrics.Writer(run.path('metrics.jsonl'), run.path('events'), start)
+  writer = metrics.Writer(run.path('metrics.jsonl'), run.path('events', 'rl'),
+                          start, range(config.rl.steps + 1))
   metrics.keep_until(run.path('samples.jsonl'), start)
   shown = {}
   if start is None:
     start, shown = 0, held_out.means(functions.examiner, state.params)
     writer.write(0, shown)
+    writer.flush()
     saved.save(0, state)
   with contextlib.closing(writer), metrics.progress(
       config, config.rl.steps, start, 'RL') as bar:
@@ -138,6 +140,7 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
       bar.update()
       stop = stopped()
       if last or stop or step % config.run.checkpoint_every == 0:
+        writer.flush()
         saved.save(step, state)
       if stop and not last:
         return False
@@ -181,15 +184,16 @@ def finish(run: workdir_lib.Run, status):
   if distributed.is_writer():
     run_figures.draw_all(rows, metrics.read(run.path('samples.jsonl')),
                          run.path('figures'), style.title(config))
-  scores = [{k: v for k, v in r.items() if k.startswith('val/')}
-            for r in rows]
-  scores = [v for v in scores if v] or [{}]
+  there = rows[-1]['step'] if rows else 0
+  step = max(config.rl.steps, there) if status == 'complete' else there
+  scores = {r['step']: v for r in rows if (v := {
+      k: x for k, x in r.items() if k.startswith('val/')})}
+  last = max(scores, default=0) if there == step else step  # no other row's
   summary = {
-      'status': status,
-      'step': rows[-1]['step'] if rows else 0, 'steps': config.rl.steps,
+      'status': status, 'step': step, 'steps': config.rl.steps,
       'seed': config.seed, 'regime': config.mtp.regime,
-      'estimator': config.occ.estimator, 'after_warmup': scores[0],
-      'last': scores[-1],
+      'estimator': config.occ.estimator, 'after_warmup': scores.get(0, {}),
+      'last': scores.get(last, {}),
       'train_seconds': sum(r.get('timing_s/step', 0.) for r in rows)}
   metrics.write_json(run.path('summary.json'), summary)
   distributed.barrier()  # no process ends while process 0 draws

@@ -56,7 +56,7 @@ _POSITIVE = {
     'occ': ('probe_every', 'disjoint_parts'),
     'eval': ('every', 'samples', 'batch'),
     'mesh': ('data', 'fsdp', 'tensor', 'expert'),
-    'run': ('checkpoint_every', 'keep', 'max_skipped'),
+    'run': ('checkpoint_every', 'keep', 'max_skipped', 'hang_minutes'),
     'task': ('held_out', 'timeout_s', 'processes', 'largest'),
 }
 _NOT_NEGATIVE = {

@@ -16,6 +16,8 @@ from mtp_rl.rollout import prompts as prompts_lib
 from mtp_rl.run import checkpoint, endings, metrics
 from mtp_rl.run import workdir as workdir_lib
 
+_ROW_EVERY = 20  # updates
+
 
 def _first_state(run, steps):
   """Return the state before the first update."""
@@ -142,7 +144,9 @@ def train(run: workdir_lib.Run, stopped):
 def _loop(run, steps, state, draw, start, saved, stopped):
   """Return the state after the last update made, and whether all are done."""
   w, step = run.config.warmup, start
-  writer = metrics.Writer(run.path('warmup.jsonl'), run.path('events'), start)
+  writer = metrics.Writer(
+      run.path('warmup.jsonl'), run.path('events', 'warmup'), start,
+      range(_ROW_EVERY, w.steps + 1, _ROW_EVERY))
   rows = sharding.batch_sharding(run.mesh)
   refuse_diverged = lambda step, values: endings.refuse_diverged(
       run.config, int(values['skipped_in_a_row']), 'warmup', step,
@@ -152,7 +156,7 @@ def _loop(run, steps, state, draw, start, saved, stopped):
     for step in range(start + 1, w.steps + 1):
       batch = distributed.put(draw(state.params, step), rows)
       state, values = steps.update(state, batch)
-      if step % 20 == 0 or step == w.steps:
+      if step % _ROW_EVERY == 0 or step == w.steps:
         row = writer.write(step, values)
         refuse_diverged(step, values)
         if row['warmup/loss'] is not None:
@@ -161,6 +165,7 @@ def _loop(run, steps, state, draw, start, saved, stopped):
       last = step == w.steps or stopped()
       if last or step % run.config.run.checkpoint_every == 0:
         refuse_diverged(step, values)
+        writer.flush()
         saved.save(step, state)
       if last:
         break

@@ -90,7 +90,7 @@ def _end(children, seconds=240):
   def one(child):
     # What gloo and the partitioner say of themselves is left out.
     said = [''.join(x for x in text.splitlines(keepends=True)
-                    if 'Gloo' not in x and 'spmd_' not in x)
+                    if 'Gloo] ' not in x and 'spmd_' not in x)
             for text in child.communicate(timeout=seconds)]
     return child.returncode, *said
   try:

@@ -13,6 +13,7 @@ FLOORS = (
     ('config', 'report.run_figures', 'report.comparison_figures',
      'report.diagnosis_figures'),
     ('run.endings',),
+    ('run.peers',),
     ('config_io', 'models.rope', 'models.config_keys', 'sharding',
      'models.expert_blocks',
      'tokenizers', 'run.signals', 'distributed', 'objectives.masked',

@@ -102,7 +102,8 @@ def test_reasoning_gym_splits_by_question_and_scores_strictly():
 
 
 @pytest.mark.parametrize('options, said', [
-    (dict(dataset='no_such_set'), 'no_such_set'),
+    (dict(dataset=''), 'none of the .* data sets .*DATASETS'),
+    (dict(dataset='spell_backwards'), 'such as spell_backward.* lists them'),
     (dict(options='{"min_word_len": -3}'), 'min_word_len'),
     (dict(options='{"colour": 1}'), 'colour'),
     (dict(options='[1]'), 'no JSON object'),

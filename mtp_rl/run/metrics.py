@@ -7,10 +7,12 @@ import json
 import math
 import os
 import sys
+import time
 
 import numpy as np
-import tensorboardX
 import tqdm
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from mtp_rl import config as config_lib
 from mtp_rl import distributed
@@ -19,20 +21,45 @@ from mtp_rl import distributed
 VOLATILE = ('timing_s/', 'rollout/tokens_per_s')
 
 
-def read(path):
+_FLUSH_S = 10.  # seconds that events may stay in memory
+
+
+def read(path, keys=()):
   """Return the rows of a JSONL file; [] where there is none.
 
-  A last line that a kill cut short is ignored.
+  A last line that a kill cut short is left out.
+
+  Args:
+    path: the file.
+    keys: names that every row has.
+
+  Raises:
+    config.ConfigError: a line is no such row.
   """
-  rows = []
-  if os.path.exists(path):
-    with open(path, encoding='utf-8') as f:
-      for line in f:
-        try:
-          rows.append(json.loads(line))
-        except json.JSONDecodeError:
+  return [row for row, _ in _lines(path, keys)]
+
+
+def _lines(path, keys):
+  """Return the rows of a file, each with its line as bytes."""
+  out = []
+  if not os.path.exists(path):
+    return out
+  with open(path, 'rb') as f:
+    for number, line in enumerate(f, 1):
+      try:
+        row = json.loads(line.decode())
+        if not (isinstance(row, dict) and all(k in row for k in keys)
+                and isinstance(row.get('step', 0), int)):
+          raise ValueError
+      except (ValueError, RecursionError):
+        if not line.endswith(b'\n'):
           break
-  return rows
+        raise config_lib.ConfigError(
+            f'{path} is damaged: its line {number} is no row of a run; restore '
+            'the file, or remove that line (nothing has been changed)'
+        ) from None
+      out.append((row, line))
+  return out
 
 
 def to_json(x, digits=None):
@@ -60,46 +87,128 @@ def to_json(x, digits=None):
   return float(f'{x:.{digits}g}') if digits else x
 
 
-def keep_until(path, step):
-  """Drop the rows of a JSONL file after a step; None drops all of them."""
-  if not distributed.is_writer():
+def note(text):
+  """Print a sentence on stderr that says what was found, in process 0 alone."""
+  if distributed.is_writer():
+    print(text, file=sys.stderr, flush=True)
+
+
+def keep_until(path, step, expected=()):
+  """Drop the rows of a JSONL file after a step; None drops all of them.
+
+  Args:
+    path: the file.
+    step: of the checkpoint that a run goes on from.
+    expected: range of the steps that have rows; a note says which of those up
+      to `step` are missing.
+
+  Raises:
+    config.ConfigError: in all processes, if the file is damaged.
+  """
+  with distributed.together():
+    if distributed.is_writer():
+      _keep_until(path, step, expected)
+
+
+def _keep_until(path, step, expected):
+  lines = _lines(path, ('step',))
+  kept = [x for x in lines if step is not None and x[0]['step'] <= step]
+  there = {row['step'] for row, _ in kept}
+  missing = [] if step is None else [
+      s for s in expected if s <= step and s not in there]
+  if missing:
+    note(f'{path} has no rows of {len(missing)} steps that were made, '
+         f'{missing[0]} to {missing[-1]}; the run goes on, but these cannot be '
+         'measured again, and curves and summary.json lack them')
+  # A line that was cut at its very end is whole, but for the newline.
+  text = b''.join(line.rstrip(b'\n') + b'\n' for _, line in kept)
+  if os.path.exists(path) and os.path.getsize(path) == len(text):
     return
-  kept = [r for r in read(path) if step is not None and r['step'] <= step]
-  with open(path + '.part', 'w', encoding='utf-8') as f:
-    f.writelines(json.dumps(r) + '\n' for r in kept)
+  with open(path + '.part', 'wb') as f:
+    f.write(text)
   os.replace(path + '.part', path)
+
+
+class _Events:
+  """TensorBoard's events of one phase, in a directory of its own.
+
+  The thread that calls writes them: tensorboardX's SummaryWriter has a queue,
+  which blocks for ever once its thread has met a full disk.
+  """
+
+  def __init__(self, directory, resume_step):
+    os.makedirs(directory, exist_ok=True)
+    # Readers take the files in the order of their names.
+    number = len(os.listdir(directory))
+    self._writer = event_file_writer.EventsWriter(
+        os.path.join(directory, f'{number:06d}'))
+    self._flushed = time.monotonic()
+    if number:  # readers drop what earlier files have from this step on
+      self._writer.write_event(event_pb2.Event(
+          wall_time=time.time(),
+          step=0 if resume_step is None else resume_step + 1,
+          session_log=event_pb2.SessionLog(
+              status=event_pb2.SessionLog.START)))
+
+  def write(self, row):
+    values = [v for name, x in row.items() if name != 'step' and x is not None
+              for v in summary.scalar(name, x).value]
+    self._writer.write_event(event_pb2.Event(
+        wall_time=time.time(), step=row['step'],
+        summary=summary_pb2.Summary(value=values)))
+    if time.monotonic() - self._flushed > _FLUSH_S:
+      self.flush()
+
+  def flush(self):
+    self._writer.flush()
+    self._flushed = time.monotonic()
+
+  def close(self):
+    self._writer.close()
 
 
 class Writer:
   """Appends rows; on resume, first drops the rows after the restored step."""
 
-  def __init__(self, path, events_dir, resume_step):
+  def __init__(self, path, events_dir, resume_step, expected=()):
     """Open the files.
 
     Args:
       path: the JSONL file.
-      events_dir: directory of the TensorBoard events.
+      events_dir: directory of the phase's TensorBoard events.
       resume_step: rows with a larger step are dropped; None drops all.
+      expected: see `keep_until`.
+
+    Raises:
+      config.ConfigError: the file is damaged.
     """
     self._file = self._events = None
+    keep_until(path, resume_step, expected)
     if not distributed.is_writer():
       return
-    keep_until(path, resume_step)
     self._file = open(path, 'a', encoding='utf-8')
-    purge = None if resume_step is None else resume_step + 1
-    self._events = tensorboardX.SummaryWriter(events_dir, purge_step=purge)
+    self._events = _Events(events_dir, resume_step)
 
   def write(self, step, values):
-    """Write one row, and return it."""
+    """Write one row, and return it.
+
+    Raises:
+      OSError: the disk is full or broken.
+    """
     row = {'step': int(step), **to_json(values)}
     if self._file is None:
       return row
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
-    for name, value in row.items():
-      if name != 'step' and value is not None:
-        self._events.add_scalar(name, value, int(step))
+    self._events.write(row)
     return row
+
+  def flush(self):
+    """Put all rows on disk; called before a checkpoint that counts on them."""
+    if self._file is None:
+      return
+    os.fsync(self._file.fileno())
+    self._events.flush()
 
   def close(self):
     """Flush and close both files."""

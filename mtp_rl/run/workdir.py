@@ -28,10 +28,14 @@ from mtp_rl.rollout import prompts as prompts_lib
 from mtp_rl.run import checkpoint, metrics, owner
 
 _PUBLISHED = 'published.json'
-# Fields that may change when a workdir is resumed. rl.steps may as well under a
-# constant schedule; under others the learning rate depends on it.
-_MAY_CHANGE = ('eval.every', 'run.checkpoint_every', 'run.keep',
-               'run.progress', 'run.strict')
+# Fields that may change when a workdir is resumed: bookkeeping, and where and
+# in what portions the work is done, which changes results by rounding alone.
+# `_may_change` adds those that some settings tie to the result.
+_BOOKKEEPING = ('eval.every', 'run.checkpoint_every', 'run.keep',
+                'run.progress', 'run.hang_minutes', 'run.strict')
+_LAYOUT = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.expert',
+           'rollout.tensor', 'rollout.expert', 'model.remat',
+           'model.head_chunk', 'task.processes')
 
 
 class Run(NamedTuple):
@@ -70,12 +74,14 @@ def setup(config: config_lib.Config, workdir):
     config.ConfigError: one sentence on what is wrong and how to fix it.
   """
   validate.validate(config)
+  distributed.be_patient(60 * config.run.hang_minutes)
   mesh = sharding.make_mesh(config.mesh)
   path = os.path.join(workdir, 'config.json')
   with distributed.together():
     checkpoint.prepare_workdir(workdir)
     owner.take(workdir)
     _same_config(path, config)
+    _check_rows(workdir)
   task = distributed.in_turn(lambda: tasks.make(config))
   with distributed.together():
     if config.warmup.init:
@@ -117,6 +123,7 @@ def reopen(config: config_lib.Config, workdir):
     config.ConfigError: the config cannot work, or the workdir is damaged.
   """
   validate.validate(config)
+  distributed.be_patient(60 * config.run.hang_minutes)
   mesh = sharding.make_mesh(config.mesh)
   task = distributed.in_turn(lambda: tasks.make(config))
   with distributed.together():
@@ -137,19 +144,56 @@ def existing_checkpoints(run: Run, phase):
   return where
 
 
+def _may_change(config: config_lib.Config):
+  """Return the names of the fields that may change at a resume."""
+  free = _BOOKKEEPING + _LAYOUT
+  if config.optim.schedule == 'constant':  # others depend on it
+    free += ('rl.steps',)
+  if config.mtp.regime != 'occ_authors':  # whose lambda is one a microbatch
+    free += ('rl.microbatches',)
+  if not config.rollout.draft or config.rollout.verify == 'coupled':
+    free += ('rollout.slots', 'rollout.draft_rows')  # the same tokens
+  return free
+
+
 def _same_config(path, config: config_lib.Config):
-  """Raise ConfigError if a workdir was begun with another config."""
+  """Say how a config differs from the one that a workdir was begun with.
+
+  Raises:
+    config.ConfigError: in a field that must stay.
+  """
   if not os.path.exists(path):
     return
-  free = _MAY_CHANGE
-  if config.optim.schedule == 'constant':
-    free += ('rl.steps',)
-  changed = [n for n in config_io.differences(config, config_io.load(path))
-             if n not in free]
+  before, free = config_io.load(path), _may_change(config)
+  different = config_io.differences(config, before)
+  changed = [n for n in different if n not in free]
   if changed:
     raise config_lib.ConfigError(
         f'workdir {os.path.dirname(path)} belongs to a run that differs in '
         f'{", ".join(changed)}; choose another --workdir, or the same settings')
+  moved = [n for n in different if n in free and n not in _BOOKKEEPING]
+  if moved:
+    metrics.note(f'the run goes on with {config_io.describe(config, moved)} '
+                 f'instead of {config_io.describe(before, moved)}')
+
+
+def _names(directory):
+  return os.listdir(directory) if os.path.isdir(directory) else []
+
+
+def _check_rows(workdir):
+  """Raise ConfigError if rows are damaged, or belong to no checkpoint."""
+  for name, keys in (('warmup', ()), ('metrics', ()), ('samples', (
+      'prompt', 'completion', 'answer', 'reward'))):
+    path = os.path.join(workdir, f'{name}.jsonl')
+    rows = metrics.read(path, ('step', *keys))
+    where = os.path.join(workdir, 'checkpoints', 'rl')
+    # The checkpoint of step 0 is made before step 1.
+    if name == 'metrics' and rows and rows[-1]['step'] > 0 and not any(
+        n.isdecimal() for n in _names(where)):
+      raise config_lib.ConfigError(
+          f'{path} has rows up to step {rows[-1]["step"]}, but {where} has no '
+          'checkpoint; restore it, or choose another --workdir')
 
 
 def _check_lengths(config: config_lib.Config, task):

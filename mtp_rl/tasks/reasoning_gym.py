@@ -6,6 +6,7 @@ its full score earns the reward of 1. Scorers may parse what the model wrote,
 so they run in a worker process with a time limit.
 """
 
+import difflib
 import json
 import zlib
 
@@ -46,6 +47,7 @@ def make(task_config: config_lib.Task, seed):
         f'task.options={task_config.options!r} is no JSON object: {e}') from e
   args = (task_config.dataset, options, task_config.size, seed)
   try:
+    from reasoning_gym import factory
     data = _create(*args)
     entries = [data[i] for i in range(len(data))]
   except ImportError as e:
@@ -53,6 +55,15 @@ def make(task_config: config_lib.Task, seed):
         'task.name=reasoning_gym needs the package reasoning-gym; install it '
         f"with pip install -e '.[gym]' ({e})") from e
   except (ValueError, TypeError, AssertionError, KeyError) as e:
+    known = factory.DATASETS
+    if task_config.dataset not in known:
+      near = difflib.get_close_matches(task_config.dataset, known)
+      raise config_lib.ConfigError(
+          f'task.dataset={task_config.dataset!r} is none of the {len(known)} '
+          f'data sets of reasoning_gym, such as '
+          f'{", ".join(near or sorted(known)[:3])}; python -c "from '
+          'reasoning_gym import factory; print(*factory.DATASETS)" lists them'
+      ) from e
     raise config_lib.ConfigError(
         f'reasoning_gym cannot make task.dataset={task_config.dataset!r} with '
         f'task.options={task_config.options}: {e}') from e
