@@ -221,7 +221,6 @@ def write_report(study: Study, failed=None):
 
 
 def _field(config: config_lib.Config, name):
-  section, _, field = name.rpartition('.')
-  value = getattr(getattr(config, section) if section else config, field)
+  value = config_io.field(config, name)
   return str(value) if isinstance(value, float) and abs(value) == float(
       'inf') else value

@@ -1,8 +1,8 @@
 """A run and its workdir: everything that is checked before long work starts.
 
 A workdir holds config.json, tokenizer.json, data.json (tasks with data sets),
-published.json (the config.json of pretrained weights),
-warmup.jsonl, metrics.jsonl, samples.jsonl, events/, figures/,
+published.json (the config.json of pretrained weights), warmup.jsonl,
+metrics.jsonl, samples.jsonl, tokens.jsonl, events/, figures/, report.html,
 checkpoints/{warmup,rl}/ and summary.json; experiments/README.md says what each
 is.
 """
