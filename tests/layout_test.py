@@ -24,6 +24,7 @@ FLOORS = (
      'rollout.judge',
      'estimators', 'compare.summary', 'compare.jobs', 'report.page'),
     ('models.mtp', 'models.pretrained', 'objectives.logprobs',
+     'report.comparison_page',
      'tasks.real_math', 'tasks.arithmetic', 'tasks.path_finding',
      'tasks.reasoning_gym', 'tasks.subset_sum'),
     ('forward', 'tasks.sums', 'models.lora', 'rollout.describe'),

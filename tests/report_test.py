@@ -13,7 +13,14 @@ import pytest
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io, forward, gradients, occ, tokenizers
-from mtp_rl.report import page, series
+from mtp_rl.compare import grid, summary
+from mtp_rl.report import (
+  comparison_figures,
+  comparison_page,
+  page,
+  series,
+  style,
+)
 from mtp_rl.rollout import packing, token_rows
 from mtp_rl.run import metrics
 from tests import batches, conftest
@@ -186,9 +193,9 @@ def test_thinned_curves_keep_means_and_gaps():
 
 # Every choice of every menu, and a pointer over a token and a curve.
 _DRIVE = '''<script>
-const rest = [], fire = (e, kind) => e.dispatchEvent(new PointerEvent(
+const rest = [], menus = () => [...document.querySelectorAll('select')],
+  fire = (e, kind) => e.dispatchEvent(new PointerEvent(
   kind, {bubbles: true, clientX: 200, clientY: 200}));
-const menus = () => [...document.querySelectorAll('select')];
 for (let i = 0; i < menus().length; i++)
   for (let j = 0; j < menus()[i].options.length; j++) {
     menus()[i].selectedIndex = j;
@@ -198,11 +205,28 @@ for (let i = 0; i < menus().length; i++)
     rest.push(document.getElementById('tip').textContent.length > 0);
   }
 document.querySelectorAll('.chart svg').forEach(e => fire(e, 'pointermove'));
-menus()[3].selectedIndex = 0;  // any reward
-menus()[3].dispatchEvent(new Event('change'));
+menus().slice(3, 4).forEach(m => {  // any reward
+  m.selectedIndex = 0;
+  m.dispatchEvent(new Event('change'));
+});
 const wide = document.documentElement.scrollWidth > innerWidth;
 document.title = `driven ${rest.length} ${rest.some(x => x)} ${wide}`;
 </script>'''
+
+
+def _browse(path, width):
+  """Open a page in a browser, drive it, and return its DOM as text."""
+  html = path.read_text(encoding='utf-8')
+  path.write_text(html.replace('</body>', _DRIVE + '</body>'))
+  done = subprocess.run(
+      [CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu',
+       '--no-first-run', '--disable-background-networking',
+       '--enable-logging=stderr',
+       f'--user-data-dir={path.parent / "profile"}', '--dump-dom',
+       f'--window-size={width},900', '--virtual-time-budget=2000',
+       path.as_uri()], capture_output=True, text=True, timeout=60)
+  assert 'CONSOLE' not in done.stderr, done.stderr
+  return done.stdout
 
 
 @pytest.mark.skipif(not CHROMIUM, reason='chromium is not installed')
@@ -219,20 +243,59 @@ def test_a_browser_shows_the_page_without_an_error(width, tmp_path):
                if k not in ('advantage', 'd_rl', 'd_mtp')} for r in held_out]
   workdir = _workdir(tmp_path, rows, [*held_out, _row(5), _row(5, text)])
   path = pathlib.Path(page.write_run(workdir))
-  html = path.read_text(encoding='utf-8')
-  path.write_text(html.replace('</body>', _DRIVE + '</body>'))
-  done = subprocess.run(
-      [CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu',
-       '--no-first-run', '--disable-background-networking',
-       '--enable-logging=stderr',
-       f'--user-data-dir={tmp_path / "profile"}', '--dump-dom',
-       f'--window-size={width},900', '--virtual-time-budget=2000',
-       path.as_uri()], capture_output=True, text=True, timeout=60)
-  assert 'CONSOLE' not in done.stderr, done.stderr
-  title = re.search('<title>driven (\\d+) true false</title>', done.stdout)
-  assert title and int(title[1]) > 20, done.stdout[:300]
-  body = done.stdout.split('<main', 1)[1].split('</main>')[0]
+  dom = _browse(path, width)
+  title = re.search('<title>driven (\\d+) true false</title>', dom)
+  assert title and int(title[1]) > 20, dom[:300]
+  body = dom.split('<main', 1)[1].split('</main>')[0]
   assert '<script' not in body and '<img' not in body
   assert '&lt;/script&gt;&lt;script&gt;console.error("hostile")' in body
   assert 'x' * 10_000 in body and '\N{HEBREW LETTER ALEF}' in body
   assert '\N{GRINNING FACE}' in body
+
+
+def _comparison():
+  """Made-up runs of three regimes, two seeds, one with a gap."""
+  rng = np.random.default_rng(0)
+  variants, runs = [], {}
+  for regime in ('rl_only', 'detach', 'occ'):
+    config = conftest.tiny_config(mtp=dict(regime=regime))
+    variants.append(grid.Variant(f'{regime}_x', 'group <b>', regime, config))
+    runs[f'{regime}_x'] = {seed: [
+        {'step': s, 'reward/mean': rng.uniform(), 'occ/lambda': rng.normal(),
+         **({'val/a/greedy': rng.uniform()} if s % 5 == 0 else {})}
+        for s in range(21)] for seed in (0, 1)}
+  runs['occ_x'][1][7]['reward/mean'] = None
+  return variants, runs
+
+
+@pytest.mark.filterwarnings('error')
+def test_a_comparison_has_lines_by_regime_gaps_and_links(tmp_path):
+  variants, runs = _comparison()
+  rows = summary.compare(variants, runs)
+  values = comparison_page.payload(
+      variants, runs, rows, lambda n, s: f'{tmp_path}/{n}/seed_{s}',
+      str(tmp_path), 'made up', ['occ_x/seed_2'])
+  assert values['series']['reward/occ_x'][1][7] is None
+  assert ['seed 1', 'occ_x/seed_1/report.html'] in values['links'][
+      'rows'][2]
+  drawn = [(s['label'], s['colour']) for c in values['charts'][0]['charts']
+           for s in c['series']]
+  assert drawn and all(c == style.REGIMES[n].colour for n, c in drawn)
+  path = tmp_path / 'comparison.html'
+  page.write(str(path), values)
+  comparison_figures.draw_all(variants, runs, rows, str(tmp_path), 'made up')
+  if CHROMIUM:
+    dom = _browse(path, 400)
+    assert 'false</title>' in dom and 'group &lt;b&gt;' in dom
+
+
+def test_lines_differ_in_grey_and_beyond_colour():
+  lines = list(style.REGIMES.values())
+  assert len({(x.dash, x.marker) for x in lines}) == len(lines)
+  light = sorted(sum(w * int(x.colour[i:i + 2], 16) for w, i in (
+      (.3, 1), (.59, 3), (.11, 5))) for x in lines)
+  assert min(np.diff(light)) > 12
+  more = style.variants({'a': 'occ', 'b': 'occ', 'c': 'detach'})
+  assert more['a'] == style.REGIMES['occ'] and more['c'] == style.REGIMES[
+      'detach']
+  assert more['b'] not in lines

@@ -5,7 +5,6 @@ lightness, so that they can be told apart in grey print.
 """
 
 import os
-import textwrap
 from typing import NamedTuple
 
 import matplotlib
@@ -33,9 +32,9 @@ class Line(NamedTuple):
 REGIMES = {
     'rl_only': Line('#8a8a8a', 'dotted', 's'),
     'detach': Line('#111111', 'solid', 'o'),
-    'ce': Line('#b5301f', 'dashed', '^'),
-    'policy': Line('#e3a02f', 'solid', 'D'),
-    'fixed': Line('#7a4a9c', 'dashdot', 's'),
+    'ce': Line('#d0402f', 'dashed', '^'),
+    'policy': Line('#e9b04a', 'solid', 'D'),
+    'fixed': Line('#5b2a7a', 'dashdot', 's'),
     'occ': Line('#1c5fa8', 'solid', '^'),
     'occ_authors': Line('#4fb9bd', 'dashed', 'o')}
 # Series of a run, and variants of a comparison whose regime has come before.
@@ -80,12 +79,14 @@ def new(rows, columns, size, title='', **kw):
   Args:
     rows, columns: number of rows and columns of axes.
     size: (width, height) of the whole figure in inches.
-    title: above it, wrapped to its width.
+    title: above it, in one line, as small as that needs.
     **kw: of `Figure.subplots`.
   """
   figure = mpl_figure.Figure(figsize=size, layout='constrained')
   if title:
-    figure.suptitle(textwrap.fill(title, int(11 * size[0])), fontsize=10)
+    # A letter is about .55 of the font's size wide.
+    fits = 72 * size[0] / (.55 * len(title))
+    figure.suptitle(title, fontsize=min(10., max(fits, 5.)), parse_math=False)
   return figure, figure.subplots(rows, columns, squeeze=False, **kw)
 
 
