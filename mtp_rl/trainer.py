@@ -108,12 +108,12 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
   reference = warm_params if config.rl.kl_coef else None
   writer = metrics.Writer(run.path('metrics.jsonl'), run.path('events'), start)
   notes, shown = journal.Journal(run, functions, start), {}
-  if start is None:
-    start, shown = 0, notes.examine(0, state.params)
-    writer.write(0, shown)
-    saved.save(0, state)
   with contextlib.closing(saved), contextlib.closing(writer), metrics.progress(
-      config, config.rl.steps, start, 'RL') as bar:
+      config, config.rl.steps, start or 0, 'RL') as bar:
+    if start is None:
+      start, shown = 0, notes.examine(0, state.params)
+      writer.write(0, shown)
+      saved.save(0, state)
     for step in range(start + 1, config.rl.steps + 1):
       began = time.perf_counter()
       rollout = experience.collect(functions.actor, state.params, reference,
