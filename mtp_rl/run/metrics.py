@@ -114,7 +114,7 @@ class _Bar(tqdm.tqdm):
 
   def update(self, n=1):
     """Count steps; from the first on, nothing is compiled any more."""
-    if self.postfix == _COMPILING:
+    if not self.disable and self.postfix == _COMPILING:
       self.set_postfix_str('', refresh=False)
     return super().update(n)
 
