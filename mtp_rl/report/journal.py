@@ -18,7 +18,8 @@ from mtp_rl.rollout import token_rows
 from mtp_rl.run import metrics
 from mtp_rl.run import workdir as workdir_lib
 
-_SHARE = .01  # of a run's time that figures may take before it ends
+_SHARE = .02  # of a run's time that figures may take before it ends
+_GUESS_S = 1.5  # of drawing them for the first time
 
 
 @contextlib.contextmanager
@@ -44,7 +45,7 @@ class Journal:
       start: the last step that is kept; None: none.
     """
     self._run, self._functions = run, functions
-    self._began, self._spent = time.perf_counter(), 0.
+    self._began, self._spent, self._last = time.perf_counter(), 0., _GUESS_S
     for name in ('samples.jsonl', 'tokens.jsonl'):
       metrics.keep_until(run.path(name), start)
 
@@ -118,15 +119,16 @@ class Journal:
       self._append('tokens.jsonl', rows)
 
   def draw(self):
-    """Write the page; draw the figures if they have taken little time so far.
+    """Write the page; draw the figures where they take 2 % of the time so far.
 
-    A figure takes a tenth of a second, which is much in a run of a minute.
+    Drawing takes a second, which is much in a run of a minute.
     """
-    began = time.perf_counter()
     write_page(self._run, 'running')
-    if self._spent <= _SHARE * (began - self._began):
+    start = time.perf_counter()
+    if self._spent + self._last <= _SHARE * (start - self._began):
       draw_figures(self._run)
-      self._spent += time.perf_counter() - began
+      self._last = time.perf_counter() - start
+      self._spent += self._last
 
 
 def write_page(run: workdir_lib.Run, status):

@@ -24,6 +24,9 @@ all its later updates have moved as well. Where depth k cannot predict a token,
 its values are null.
 """
 
+import functools
+
+import jax
 import numpy as np
 
 from mtp_rl import config as config_lib
@@ -47,13 +50,21 @@ def updates(batch, after, config: config_lib.Config):
   Returns:
     advantage and d_rl [B, S], d_mtp [B, S, K]; see the top of this file.
   """
-  seen = logprobs.mtp_mask(batch.rows.attending, batch.mask.shape[1],
-                           batch.old_mtp.shape[-1]) & batch.mask[..., None]
-  d_rl, d_mtp = occ.deltas(
-      after.main, after.mtp, batch.old_main,
-      mtp_loss.reference(batch, config.mtp.reference), batch.mask, seen)
+  d_rl, d_mtp = _deltas(
+      after.main, after.mtp, batch, config.mtp.reference)
   return {'advantage': batch.advantages, 'd_rl': np.asarray(d_rl),
           'd_mtp': np.asarray(d_mtp)}
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _deltas(main, mtp, batch, kind):
+  seen = logprobs.mtp_mask(batch.rows.attending, batch.mask.shape[1],
+                           mtp.shape[-1]) & batch.mask[..., None]
+  return occ.deltas(main, mtp, batch.old_main,
+                    mtp_loss.reference(batch, kind), batch.mask, seen)
+
+
+_seen = jax.jit(logprobs.mtp_mask, static_argnums=(1, 2))
 
 
 def contrasting(rewards, group):
@@ -88,8 +99,8 @@ def row(index, rows: types.Tokens, scores, tokenizer, max_response, more=None):
   kept = min(count, LIMIT)
   prompt = rows.tokens[index, :-max_response]
   depths = scores.mtp.shape[-1]
-  seen = np.asarray(logprobs.mtp_mask(rows.valid[index:index + 1],
-                                      max_response, depths))[0, :kept]
+  seen = np.asarray(_seen(rows.valid[index:index + 1], max_response,
+                          depths))[0, :kept]
   flat = lambda x: _numbers(x[index, :kept])
   by_depth = lambda x: [_numbers(x[index, :kept, k], seen[:, k])
                         for k in range(depths)]
