@@ -15,14 +15,17 @@ from mtp_rl import config as config_lib
 from mtp_rl import config_io, forward, gradients, occ, tokenizers
 from mtp_rl.compare import grid, summary
 from mtp_rl.report import (
+  closing,
   comparison_figures,
   comparison_page,
+  journal,
   page,
   series,
   style,
 )
 from mtp_rl.rollout import packing, token_rows
 from mtp_rl.run import metrics
+from mtp_rl.run import workdir as workdir_lib
 from tests import batches, conftest
 
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
@@ -299,3 +302,40 @@ def test_lines_differ_in_grey_and_beyond_colour():
   assert more['a'] == style.REGIMES['occ'] and more['c'] == style.REGIMES[
       'detach']
   assert more['b'] not in lines
+
+
+def test_an_error_of_the_report_is_a_sentence(tmp_path, capsys, monkeypatch):
+  workdir = _workdir(tmp_path, [{'step': 0}])
+  config = config_io.load(os.path.join(workdir, 'config.json'))
+  run = workdir_lib.Run(config, workdir, None, None, None)
+  journal.write_page(run, 'running')
+  assert _data(os.path.join(workdir, 'report.html'))[0]['state'] == 'running'
+  monkeypatch.setattr(page, 'render', lambda values: 1 / 0)
+  journal.write_page(run, 'complete')
+  said = capsys.readouterr().err.strip()
+  assert 'report.html could not be written (ZeroDivisionError' in said
+  assert 'the run goes on' in said and len(said.splitlines()) == 1
+
+
+def test_five_closing_lines_say_what_was_reached():
+  rows = [{'step': 0, 'val/a/greedy': .25}, {
+      'step': 1, 'reward/mean': .5, 'reward/errors': 2, 'occ/lambda': None},
+      {'step': 2, 'reward/mean': .75, 'val/a/greedy': 1., 'occ/lambda': .5}]
+  summary = {'status': 'interrupted', 'step': 2, 'steps': 9,
+             'train_seconds': 7.2}
+  lines = closing.lines(rows, summary, 'DIR')
+  assert len(lines) == 5 and lines[0] == (
+      'interrupted: step 2 of 9, 7 s of training; the same command resumes')
+  assert 'a 0.250 -> 1.000' in lines[1] and '0.500 -> 0.750' in lines[2]
+  assert lines[2].endswith('failed on: 2') and '+0.5000' in lines[3]
+  assert 'DIR/report.html' in lines[4]
+  assert len(closing.lines([], summary, 'DIR')) == 5
+
+
+def test_the_bar_says_that_it_compiles_until_the_first_step(capsys):
+  config = conftest.tiny_config(run=dict(progress=True))
+  with metrics.progress(config, 3, 0, 'RL') as bar:
+    assert 'compiling (first step)' in capsys.readouterr().err
+    bar.update()
+    bar.refresh()
+  assert 'compiling' not in capsys.readouterr().err

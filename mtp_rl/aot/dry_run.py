@@ -11,7 +11,11 @@ from mtp_rl import config as config_lib
 from mtp_rl import forward, sharding, tasks, tree, validate
 from mtp_rl.aot import programs
 
-GIB = programs.GIB
+
+def _size(count):
+  """Return a number of bytes as text."""
+  unit, name = (2 ** 30, 'GiB') if count >= 2 ** 28 else (2 ** 20, 'MiB')
+  return f'{count / unit:,.1f} {name}'
 
 
 class Need(NamedTuple):
@@ -90,9 +94,11 @@ def needs(config: config_lib.Config, mesh):
     m = compiled.memory_analysis()
     moved = (m.argument_size_in_bytes + m.output_size_in_bytes
              - m.alias_size_in_bytes)
-    yield Need(name, time.perf_counter() - begun,
-               moved + m.temp_size_in_bytes + beside,
-               programs.state_bytes(config, mesh), m.temp_size_in_bytes)
+    state = programs.state_bytes(config, mesh)
+    # Parameters that a program does not read are no arguments, but stay.
+    peak = max(moved + beside, state) + m.temp_size_in_bytes
+    yield Need(name, time.perf_counter() - begun, peak, state,
+               m.temp_size_in_bytes)
 
 
 def lines(config: config_lib.Config):
@@ -113,24 +119,22 @@ def lines(config: config_lib.Config):
          'MTP modules')
   yield (f'tokens a step: at most {rows * row:,} ({rows:,} completions of '
          f'{row:,}), in {r.minibatches} updates')
-  yield (f'devices: {here.devices} ({here.kind}), '
-         f'{here.total / GIB:.1f} GiB of memory '
-         + ('that they share' if here.shared else 'together'))
+  yield (f'devices: {here.devices} ({here.kind}), {_size(here.total)} of '
+         'memory ' + ('that they share' if here.shared else 'together'))
   worst = None
   for need in needs(config, mesh):
-    yield (f'{need.name}: {need.peak / GIB:.2f} GiB a device (state '
-           f'{need.state / GIB:.2f}, intermediate values '
-           f'{need.temporaries / GIB:.2f}), on all '
-           f'{need.peak * here.devices / GIB:.1f} GiB; compiled in '
+    yield (f'{need.name}: {_size(need.peak)} a device (state '
+           f'{_size(need.state)}, intermediate values '
+           f'{_size(need.temporaries)}), on all '
+           f'{_size(need.peak * here.devices)}; compiled in '
            f'{need.seconds:.0f} s')
     if worst is None or need.peak > worst.peak:
       worst = need
-  over = worst.peak * here.devices - here.total
-  if over > 0:
+  whole = worst.peak * here.devices
+  if whole > here.total:
     raise config_lib.ConfigError(
-        f'this does not fit: the {worst.name} needs '
-        f'{worst.peak * here.devices / GIB:.1f} GiB on {here.devices} devices, '
-        f'{over / GIB:.1f} GiB more than there are; use more devices '
-        '(mesh.fsdp), more rl.minibatches or rl.microbatches, '
-        'rollout.slots, or a smaller model')
+        f'this does not fit: the {worst.name} needs {_size(whole)} on '
+        f'{here.devices} devices, {_size(whole - here.total)} more than there '
+        'are; use more devices (mesh.fsdp), more rl.minibatches or '
+        'rl.microbatches, rollout.slots, or a smaller model')
   yield 'this fits'
