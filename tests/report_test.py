@@ -179,8 +179,8 @@ def test_a_long_run_stays_below_three_megabytes(tmp_path):
   rng = np.random.default_rng(0)
   rows = [{'step': s} | {f'a/metric_{i}': rng.normal() for i in range(80)}
           for s in range(1001)]
-  tokens = [_row(step, n=1024) for step in range(0, 1001, 25)
-            for _ in range(12)]
+  tokens = [_row(step, n=1024) for step in range(0, 1001, 50)
+            for _ in range(8)]
   path = page.write_run(_workdir(tmp_path, rows, tokens))
   assert os.path.getsize(path) < 3_000_000
   kept = {r['step'] for r in _data(path)[0]['tokens']}
