@@ -117,9 +117,9 @@ def types_of(batch, d_rl, d_mtp):
 
 
 def test_rows_are_the_best_and_the_worst_of_a_prompt():
-  rewards = np.asarray([0, 1, 0, 0, 1, 1, 1, 1.])
-  assert token_rows.contrasting(rewards, 4) == [1, 0, 4, 7]
-  assert token_rows.contrasting(np.zeros(3), 1) == [0, 1, 2]
+  rewards = np.asarray([1, 1, 1, 1., 0, 1, 0, 0])
+  assert token_rows.contrasting(rewards, 4) == [5, 4, 0, 3]
+  assert token_rows.contrasting(np.zeros(6), 1) == [0, 1, 2, 3]
 
 
 def _row(step=1, text='1', n=3, **more):

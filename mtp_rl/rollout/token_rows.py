@@ -68,19 +68,22 @@ _seen = jax.jit(logprobs.mtp_mask, static_argnums=(1, 2))
 
 
 def contrasting(rewards, group):
-  """Return two rows of each of the first prompts: best and worst reward.
+  """Return two rows of some prompts: the best and the worst by reward.
+
+  Prompts whose rewards differ come first; at most `PROMPTS` of them.
 
   Args:
     rewards: float [B], those of a prompt adjacent.
     group: G.
   """
+  groups = np.asarray(rewards).reshape(-1, group)
+  order = np.argsort(groups.min(1) == groups.max(1), kind='stable')
   out = []
-  for first in range(0, min(PROMPTS * group, len(rewards)), group):
-    mine = rewards[first:first + group]
-    best, worst = int(np.argmax(mine)), int(np.argmin(mine))
+  for i in order[:PROMPTS].tolist():
+    best, worst = int(groups[i].argmax()), int(groups[i].argmin())
     if best == worst:  # all are equal
       worst = group - 1
-    out += [first + i for i in dict.fromkeys((best, worst))]
+    out += [i * group + j for j in dict.fromkeys((best, worst))]
   return out
 
 
