@@ -23,7 +23,7 @@ def main():
   figures = os.path.join(workdir, 'figures')
   os.makedirs(figures, exist_ok=True)
   run_figures.draw_all(read('metrics.jsonl'), read('samples.jsonl'), figures,
-                       style.title(config), read('warmup.jsonl'))
+                       style.title(config), page.warm_rows(workdir, config))
   print(f'see {path} and {figures}')
 
 

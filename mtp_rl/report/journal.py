@@ -145,4 +145,4 @@ def draw_figures(run: workdir_lib.Run):
       read = lambda name: metrics.read(run.path(name))
       run_figures.draw_all(read('metrics.jsonl'), read('samples.jsonl'),
                            run.path('figures'), style.title(run.config),
-                           read('warmup.jsonl'))
+                           page.warm_rows(run.workdir, run.config))

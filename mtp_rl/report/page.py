@@ -214,6 +214,12 @@ def _cut(row, count):
           for k, v in row.items()}
 
 
+def warm_rows(workdir, config: config_lib.Config):
+  """Return the metrics of the warm-up that a run begins with."""
+  return metrics.read(os.path.join(config.warmup.init or workdir,
+                                   'warmup.jsonl'))
+
+
 def payload(workdir, status=None):
   """Return the page's data from the files of a workdir.
 
@@ -226,8 +232,7 @@ def payload(workdir, status=None):
   """
   path = lambda name: os.path.join(workdir, name)
   config = config_io.load(path('config.json'))
-  rows, warm = metrics.read(path('metrics.jsonl')), metrics.read(
-      path('warmup.jsonl'))
+  rows, warm = metrics.read(path('metrics.jsonl')), warm_rows(workdir, config)
   step = rows[-1]['step'] if rows else 0
   if status is None:
     status = _known_status(path('summary.json'), step)
