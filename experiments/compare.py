@@ -56,7 +56,8 @@ def main():
     launch.end('interrupted; the same command resumes, and --report_only '
                'makes the tables of the runs that are complete',
                endings.STOPPED)
-  print(f'see {study.write_report(plan, failed)} and figures beside it')
+  print(f'see {study.write_report(plan, failed)}, and comparison.html and '
+        'figures beside it')
   if failed:
     sys.exit(f'error: {len(failed)} runs failed: {", ".join(failed)}; '
              'see their log.txt, the same command tries again')

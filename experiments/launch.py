@@ -17,7 +17,10 @@ from mtp_rl.run import endings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
-flags.mark_flag_as_required('workdir')
+flags.register_validator(
+    'workdir', lambda value: value is not None or (
+        'dry_run' in flags.FLAGS and flags.FLAGS['dry_run'].value),
+    message='--workdir=DIR must be given')
 # What a machine, not a setting, refuses.
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENODEV,
             errno.ESTALE)
@@ -33,6 +36,12 @@ def define_processes():
                        '--coordinator.', lower_bound=1)
   flags.DEFINE_integer('process', None, 'Index of this process, from 0.',
                        lower_bound=0)
+
+
+def define_dry_run():
+  """Define --dry_run, without which --workdir is required, and return it."""
+  return flags.DEFINE_bool('dry_run', False, 'Only say how many parameters and '
+                           'tokens a run has and what memory it would take.')
 
 
 def _join():
@@ -54,7 +63,7 @@ def say(*lines):
   """Print lines, in process 0 alone."""
   from mtp_rl import distributed
   if distributed.is_writer():
-    print(*lines, sep='\n')
+    print(*lines, sep='\n', flush=True)
 
 
 def define_config(required=True):
@@ -184,6 +193,8 @@ class _Lasting:
 
 def _place_workdir():
   """Expand ~ in --workdir, and refuse a name that this locale cannot hold."""
+  if flags.FLAGS.workdir is None:
+    return
   path = os.path.expanduser(flags.FLAGS.workdir)
   encoding = sys.getfilesystemencoding()
   try:

@@ -76,6 +76,12 @@ def assign(config: config_lib.Config, name, text):
   setattr(owner, field, value)
 
 
+def field(config: config_lib.Config, name):
+  """Return the value of a dotted name, `section.field` or `field`."""
+  section, _, last = name.rpartition('.')
+  return getattr(getattr(config, section) if section else config, last)
+
+
 def load(path):
   """Read the config.json of a workdir; raises ConfigError with the fix."""
   try:

@@ -61,9 +61,18 @@ class CharTokenizer:
         out.append('\N{REPLACEMENT CHARACTER}')
     return ''.join(out)
 
+  def pieces(self, ids):
+    """Return the text of each token, a list; special tokens by name."""
+    return [_special(i, self.ends) or self.decode([i]) for i in map(int, ids)]
+
   def to_dict(self):
     """Return what `from_dict` reads."""
     return {'characters': self.characters}
+
+
+def _special(i, ends):
+  """Return the name that a special token is shown by, or None."""
+  return '⟨end⟩' if i in ends.eos else '⟨pad⟩' if i == ends.pad else None
 
 
 def _unpadded(ids, ends):
@@ -131,6 +140,29 @@ class SubwordTokenizer:
       out.append(self._inner.decode(run, skip_special_tokens=False))
       run = []
     return '\N{REPLACEMENT CHARACTER}'.join(out)
+
+  def pieces(self, ids):
+    """Return the text of each token, a list; special tokens by name.
+
+    Where several tokens make one character, the last of them has it and the
+    others are ''.
+    """
+    out, held = [], []  # held: the token before, and those not shown yet
+    for i in map(int, ids):
+      if special := _special(i, self.ends):
+        out.append(special)
+        held = []
+        continue
+      before = self.decode(held[:1])
+      held.append(i)
+      text = self.decode(held)
+      # A character has at most four bytes; what is cut for longer is no text.
+      if text.endswith('\N{REPLACEMENT CHARACTER}') and len(held) < 5:
+        out.append('')
+        continue
+      out.append(text.removeprefix(before))
+      held = [i]
+    return out
 
   def chat(self, messages):
     """Return the prompt of a conversation, up to where the model answers.

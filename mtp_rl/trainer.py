@@ -6,7 +6,6 @@ The same call on the same workdir resumes where the run stopped.
 import contextlib
 import functools
 import itertools
-import json
 import signal
 import time
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import numpy as np
 from mtp_rl import config as config_lib
 from mtp_rl import distributed, prng, sharding, train_step, tree, warmup
 from mtp_rl.evaluation import held_out
-from mtp_rl.report import run_figures, style
+from mtp_rl.report import journal
 from mtp_rl.rollout import experience, layout, packing, slots
 from mtp_rl.run import checkpoint, endings, metrics, owner, signals
 from mtp_rl.run import workdir as workdir_lib
@@ -109,15 +108,14 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
   reference = warm_params if config.rl.kl_coef else None
   writer = metrics.Writer(run.path('metrics.jsonl'), run.path('events', 'rl'),
                           start, range(config.rl.steps + 1))
-  metrics.keep_until(run.path('samples.jsonl'), start)
-  shown = {}
-  if start is None:
-    start, shown = 0, held_out.means(functions.examiner, state.params)
-    writer.write(0, shown)
-    writer.flush()
-    saved.save(0, state)
+  notes, shown = journal.Journal(run, functions, start), {}
   with contextlib.closing(writer), metrics.progress(
-      config, config.rl.steps, start, 'RL') as bar:
+      config, config.rl.steps, start or 0, 'RL') as bar:
+    if start is None:
+      start, shown = 0, notes.examine(0, state.params)
+      writer.write(0, shown)
+      writer.flush()
+      saved.save(0, state)
     for step in range(start + 1, config.rl.steps + 1):
       began = time.perf_counter()
       rollout = experience.collect(functions.actor, state.params, reference,
@@ -128,10 +126,10 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
       values['timing_s/update'] = time.perf_counter() - updating
       values['timing_s/step'] = time.perf_counter() - began
       last = step == config.rl.steps
-      if last or step % config.eval.every == 0:
-        values |= held_out.means(functions.examiner, state.params)
-      if last or step == 1 or step % config.eval.every == 0:
-        _note_samples(run, step, rollout)
+      if looks := last or step % config.eval.every == 0:
+        values |= notes.examine(step, state.params)
+      if looks or step == 1:
+        notes.rollout(step, rollout, state.params)
       row = writer.write(step, values)
       endings.refuse_diverged(config, updated['skipped_in_a_row'], 'rl', step,
                               saved.latest_path())
@@ -144,18 +142,9 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
         saved.save(step, state)
       if stop and not last:
         return False
+      if looks and not last:
+        notes.draw()
   return True
-
-
-def _note_samples(run, step, rollout):
-  """Append a completion of each of the first four prompts to samples.jsonl."""
-  if not distributed.is_writer():
-    return
-  r = run.config.rl
-  with open(run.path('samples.jsonl'), 'a', encoding='utf-8') as f:
-    for i in range(min(4, r.prompts)):
-      sample = rollout.sample(i * r.group, run.task.tokenizer)
-      f.write(json.dumps({'step': step, **sample}) + '\n')
 
 
 def _postfix(row):
@@ -172,7 +161,7 @@ def _postfix(row):
 
 
 def finish(run: workdir_lib.Run, status):
-  """Draw the figures and write summary.json; return the summary.
+  """Draw the figures, write summary.json and the page; return the summary.
 
   Args:
     run: `workdir.Run`.
@@ -181,9 +170,7 @@ def finish(run: workdir_lib.Run, status):
   distributed.barrier()  # process 0 has written what all read below
   rows = metrics.read(run.path('metrics.jsonl'))
   config = run.config
-  if distributed.is_writer():
-    run_figures.draw_all(rows, metrics.read(run.path('samples.jsonl')),
-                         run.path('figures'), style.title(config))
+  journal.draw_figures(run)
   there = rows[-1]['step'] if rows else 0
   step = max(config.rl.steps, there) if status == 'complete' else there
   scores = {r['step']: v for r in rows if (v := {
@@ -196,6 +183,7 @@ def finish(run: workdir_lib.Run, status):
       'last': scores.get(last, {}),
       'train_seconds': sum(r.get('timing_s/step', 0.) for r in rows)}
   metrics.write_json(run.path('summary.json'), summary)
+  journal.write_page(run, status)
   distributed.barrier()  # no process ends while process 0 draws
   return summary
 

@@ -15,7 +15,7 @@ import pytest
 
 from mtp_rl import optim, sharding, train_step, trainer, types
 from mtp_rl.objectives import advantages
-from mtp_rl.report import run_figures
+from mtp_rl.report import run_figures, series
 from mtp_rl.rollout import experience
 from mtp_rl.run import endings, metrics
 from tests import batches, conftest, distributed_test, poison
@@ -151,12 +151,13 @@ def test_a_reward_that_is_no_number_costs_that_answer_alone(monkeypatch):
 def test_figures_show_gaps():
   rows = [{'step': 0, 'x': 1.}, {'step': 1, 'x': None}, {'step': 2},
           {'step': 3, 'x': 2.}, {'step': 6, 'x': 3.}]
-  x, y = run_figures._series(rows, 'x')
-  assert x == [0, 1, 3, 4, 6]
-  np.testing.assert_array_equal(y, [1., np.nan, 2., np.nan, 3.])
+  x, y = series.series(rows, 'x')
+  assert x == [0, 1, 3, 4, 6] and y == [1., None, 2., None, 3.]
   figure, axes = run_figures._new(1, 'title')
-  run_figures._panel(axes[0], rows, [('x', 'x', {})], 'x')
-  assert any('gaps' in t.get_text() for t in axes[0].texts)
+  run_figures._panel(axes[0], rows, [('x', 'x')], 'x', 'unit')
+  gaps = axes[0].lines[-1]
+  assert gaps.get_label() == 'missing or not finite'
+  np.testing.assert_array_equal(gaps.get_xdata(), [1, 4])
   del figure
 
 

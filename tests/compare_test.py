@@ -255,6 +255,12 @@ def test_a_comparison_from_warm_up_to_figures(real, monkeypatch):
   for name in ('learning', 'forest'):
     with open(os.path.join(real.workdir, 'figures', name + '.png'), 'rb') as f:
       assert f.read(4) == b'\x89PNG'
+  with open(os.path.join(real.workdir, 'comparison.html'),
+            encoding='utf-8') as f:
+    page = f.read()
+  for name in ('still', 'cut'):
+    assert f'"{name}/seed_1/report.html"' in page
+    assert os.path.exists(os.path.join(real.path(name, 1), 'report.html'))
 
   monkeypatch.setattr(jobs.subprocess, 'Popen', None)  # nothing may start
   assert study.run(real, 2) == ({}, False)

@@ -157,7 +157,7 @@ def check_copies(topology, name, draft):
   config.rollout.slots, config.rollout.draft = 2048, draft
   mesh = sharding.make_mesh(config.mesh, targets.devices(topology))
   with jax.set_mesh(mesh):
-    lowered, *_ = programs._program(name, config, mesh)
+    lowered, *_ = programs.program(name, config, mesh)
   text = lowered.compile(compiler_options=targets.options(topology)).as_text()
   rows = (config.rollout.slots if name == 'window'
           else config.rl.prompts * config.rl.group)

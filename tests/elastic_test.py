@@ -1,6 +1,5 @@
 """A workdir goes on on other devices, in other portions: the same run."""
 
-import contextlib
 import functools
 import os
 

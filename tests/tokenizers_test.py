@@ -61,6 +61,20 @@ def test_a_folder_gives_ids_ends_and_texts(small):
     assert small.decode(small.encode(text)) == text
 
 
+def test_pieces_are_the_text_token_by_token(small):
+  text = 'abba \N{GRINNING FACE}\N{GRINNING FACE}é!'
+  ids = small.encode(text)
+  pieces = small.pieces([*ids, 258, 257])
+  assert pieces[:2] == ['ab', 'b'] and pieces[-2:] == ['⟨end⟩', '<|start|>']
+  assert ''.join(pieces[:-2]) == text and pieces.count('') == 3 + 3 + 1
+  # Bytes that never become a character are not held for ever.
+  broken = small.pieces([ids[5]] * 9 + small.encode('x'))
+  assert len(broken) == 10 and broken[-1].endswith('x')
+  characters = tokenizers.CharTokenizer('12{}')
+  assert characters.pieces([3, 99, 0, 1]) == [
+      '1', '\N{REPLACEMENT CHARACTER}', '⟨pad⟩', '⟨end⟩']
+
+
 def test_a_saved_tokenizer_is_the_same(small):
   again = tokenizers.from_dict(json.loads(json.dumps(small.to_dict())))
   assert again.ends == small.ends and again.chat(ASK) == small.chat(ASK)

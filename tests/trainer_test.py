@@ -75,6 +75,14 @@ def test_a_run_leaves_what_it_promises(whole):
   for name in ('learning', 'occ', 'acceptance', 'samples'):
     with open(os.path.join(workdir, 'figures', name + '.png'), 'rb') as f:
       assert f.read(4) == b'\x89PNG'
+  tokens = _rows(workdir, 'tokens.jsonl')
+  assert list(dict.fromkeys((r['step'], r['kind']) for r in tokens)) == [
+      (0, 'held_out'), (1, 'rollout'), (2, 'held_out'), (2, 'rollout'),
+      (4, 'held_out'), (4, 'rollout')]
+  assert len({r['prompt'] for r in tokens if r['kind'] == 'held_out'}) == 4
+  assert all(np.isfinite(r['d_rl']).all() for r in tokens if 'd_rl' in r)
+  page = pathlib.Path(workdir, 'report.html').read_text(encoding='utf-8')
+  assert '"state":"complete"' in page
   assert os.listdir(os.path.join(workdir, 'events'))
   with open(os.path.join(workdir, 'summary.json'), encoding='utf-8') as f:
     assert json.load(f) == summary
@@ -119,7 +127,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
   assert trainer.train(config, again)['status'] == 'complete'
   _identical(_state(config, again), _state(config, workdir))
   assert _rows(again) == _rows(workdir)
-  assert _rows(again, 'samples.jsonl') == _rows(workdir, 'samples.jsonl')
+  for name in ('samples.jsonl', 'tokens.jsonl'):
+    assert _rows(again, name) == _rows(workdir, name)
 
 
 _CHILD = '''

@@ -232,7 +232,12 @@ def _shard_bytes(tree_):
              for x in jax.tree.leaves(tree_))
 
 
-def _program(name, config: config_lib.Config, mesh):
+def state_bytes(config: config_lib.Config, mesh):
+  """Return the bytes of a run's state on one device."""
+  return _shard_bytes(train_step.make(config, mesh).abstract)
+
+
+def program(name, config: config_lib.Config, mesh):
   """Return a program's lowered, tokens, params, beside; see `compile_row`."""
   steps = train_step.make(config, mesh)
   state, params = steps.abstract, steps.abstract.params
@@ -273,8 +278,8 @@ def compile_all(config: config_lib.Config, topology, programs):
   mesh = sharding.make_mesh(config.mesh, targets.devices(topology))
   for name, used in zip(programs, configs):
     with jax.set_mesh(mesh):
-      program = _program(name, used, mesh)
-    yield compile_row(name, *program, topology, config.model.vocab_size)
+      found = program(name, used, mesh)
+    yield compile_row(name, *found, topology, config.model.vocab_size)
 
 
 def _known_shapes(params, vocab_size):

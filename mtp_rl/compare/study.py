@@ -4,7 +4,7 @@
     DIR/<variant>/seed_S  workdir of one run, with log.txt
     DIR/configs           the config of each process
     DIR/cache             compiled programs, shared by the processes
-    DIR/comparison.{json,md}, DIR/figures
+    DIR/comparison.{json,md,html}, DIR/figures
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import tqdm
 from mtp_rl import config as config_lib
 from mtp_rl import config_io
 from mtp_rl.compare import jobs, summary
-from mtp_rl.report import comparison_figures
+from mtp_rl.report import comparison_figures, comparison_page, page
 from mtp_rl.run import checkpoint, metrics, signals
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -177,7 +177,7 @@ def run(study: Study, slots):
 
 
 def write_report(study: Study, failed=None):
-  """Write comparison.json, comparison.md and figures/ of the complete runs.
+  """Write comparison.{json,md,html} and figures/ of the complete runs.
 
   Args:
     study: `Study`.
@@ -217,11 +217,18 @@ def write_report(study: Study, failed=None):
   directory = os.path.join(study.workdir, 'figures')
   os.makedirs(directory, exist_ok=True)
   comparison_figures.draw_all(study.variants, runs, rows, directory, title)
+  for name, seeds in runs.items():
+    for seed in seeds:  # runs of older versions have no page
+      if not os.path.exists(os.path.join(study.path(name, seed),
+                                         'report.html')):
+        page.write_run(study.path(name, seed))
+  page.write(os.path.join(study.workdir, 'comparison.html'),
+             comparison_page.payload(study.variants, runs, rows, study.path,
+                                     study.workdir, title, missing))
   return path
 
 
 def _field(config: config_lib.Config, name):
-  section, _, field = name.rpartition('.')
-  value = getattr(getattr(config, section) if section else config, field)
+  value = config_io.field(config, name)
   return str(value) if isinstance(value, float) and abs(value) == float(
       'inf') else value

@@ -133,7 +133,7 @@ def _alignment_table(found):
     for scope, a in s['alignment'].items():
       lines.append([str(s['step']), scope, _pm(a['same']), _pm(a['cross']),
                     _cell(a['pooled'], '+.2f'),
-                    *[_cell(a['signal'][k], '.0%') for k in
+                    *[_cell(a['signal'][k], 'z.0%') for k in
                       ('c', 'rl', 'v2')]])
   return _table(['step', 'parameters', 'same batch', 'de-biased', 'pooled',
                  'signal of c', 'of g_RL', 'of g_MTP'], lines)

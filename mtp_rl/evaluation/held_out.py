@@ -68,6 +68,8 @@ class Examiner(NamedTuple):
 def complete(examiner: Examiner, generate, placed, examples, size, key):
   """Return the completions (a list of G texts) of every example, in order.
 
+  And the `types.Tokens` of size * G rows that they are.
+
   Args:
     examiner: `Examiner`.
     generate: its `greedy` or `several`.
@@ -84,7 +86,7 @@ def complete(examiner: Examiner, generate, placed, examples, size, key):
   response = rows.tokens[:, r.max_prompt:]
   group = response.shape[0] // size
   texts = [tokenizer.decode(row) for row in response]
-  return [texts[i * group:(i + 1) * group] for i in range(len(some))]
+  return [texts[i * group:(i + 1) * group] for i in range(len(some))], rows
 
 
 def _batch_size(examples, config: config_lib.Config):
@@ -108,7 +110,7 @@ def _score(name, mode, start, examples, texts, task):
           for j, t in enumerate(group)]
 
 
-def measure(examiner: Examiner, params, log=None):
+def measure(examiner: Examiner, params, log=None, watch=None):
   """Score every held-out set, problem by problem.
 
   Args:
@@ -117,6 +119,9 @@ def measure(examiner: Examiner, params, log=None):
     log: None, or a `scoring.RowLog` of one row per completion:
       `get(set, mode, problems, k)` returns the rows of some problems or None,
       `add(rows)` stores rows.
+    watch: None, or a function that is called with the greedy completions of
+      each set's first batch: a list of dicts, one per problem (see `_score`),
+      and the `types.Tokens` that begin with these rows.
 
   Returns:
     dict of 'val/<set>/{greedy,avg@k,pass@k,maj@k}' (pass@k also for the powers
@@ -135,20 +140,23 @@ def measure(examiner: Examiner, params, log=None):
         some = examples[start:start + size]
         seen = log and log.get(name, mode, range(start, start + len(some)), k)
         if not distributed.all_of(seen):
-          texts = complete(examiner, generate, placed, some, size,
-                           prng.fold(examiner.key, start))
+          texts, made = complete(examiner, generate, placed, some, size,
+                                 prng.fold(examiner.key, start))
           seen = _score(name, mode, start, some, texts, task)
           if log:
             log.add(seen)
+          if watch and mode == 'greedy' and not start:
+            watch(seen, made)
         rows += seen
       out |= summarise(name, mode, rows, len(rows) // len(examples))
   return out
 
 
-def means(examiner: Examiner, params):
+def means(examiner: Examiner, params, watch=None):
   """Return the mean of each score of `measure`, and the seconds it took."""
   start = time.perf_counter()
-  values = {k: float(v.mean()) for k, v in measure(examiner, params).items()}
+  values = {k: float(v.mean())
+            for k, v in measure(examiner, params, watch=watch).items()}
   return values | {'timing_s/eval': time.perf_counter() - start}
 
 

@@ -5,72 +5,101 @@ from matplotlib import ticker
 
 from mtp_rl.report import style
 
-_COLOURS = ('#707070', '#111111', '#c03030', '#e08a1e', '#2060a8', '#3a8f5c',
-            '#8a55b0', '#14a0a8', '#b06a3a', '#d060a0')
-_DASHES = ('-', '--', ':')
+_DASHES = {'solid': '-', 'dashed': '--', 'dotted': ':', 'dashdot': '-.'}
+SHOWN = {'greedy': 'held-out greedy', 'avg': 'held-out avg@k',
+         'reward': 'reward, mean of all steps'}
 
 
-def _styles(variants):
-  """Return label -> (colour, line style), the same in every panel."""
-  labels = list(dict.fromkeys(v.label for v in variants))
-  return {label: (_COLOURS[i % len(_COLOURS)],
-                  _DASHES[i // len(_COLOURS) % len(_DASHES)])
-          for i, label in enumerate(labels)}
+def lines(variants):
+  """Return label -> `style.Line`, the same in every panel."""
+  return style.variants({v.label: v.config.mtp.regime for v in variants})
 
 
 def _groups(variants):
   return list(dict.fromkeys(v.group for v in variants))
 
 
-def _curve(runs, pick):
+def curve(runs, pick, width=1):
   """Return steps, means and standard deviations over the seeds.
+
+  Where a seed's value is missing, mean and deviation are NaN, a gap.
 
   Args:
     runs: dict seed -> rows.
-    pick: function row -> number or None.
+    pick: function row -> number, None (missing), or `UNMEASURED`.
+    width: steps of the running mean.
   """
   seen = {}
   for rows in runs.values():
     for row in rows:
       value = pick(row)
-      if value is not None:
-        seen.setdefault(row['step'], []).append(value)
-  if not seen:
-    return [], np.zeros(0), np.zeros(0)
-  full = max(len(v) for v in seen.values())
-  steps = sorted(s for s, v in seen.items() if len(v) == full)
-  values = np.asarray([seen[s] for s in steps])
-  return steps, values.mean(1), values.std(1, ddof=1 if full > 1 else 0)
+      if value is not UNMEASURED:
+        seen.setdefault(row['step'], []).append(
+            np.nan if value is None else value)
+  steps = sorted(seen)
+  full = max(map(len, seen.values()), default=1)
+  over = lambda f: np.asarray([
+      f(seen[s]) if len(seen[s]) == full else np.nan for s in steps])
+  return steps, _smooth(over(np.mean), width), _smooth(
+      over(lambda x: np.std(x, ddof=1 if full > 1 else 0)), width)
 
 
-def _greedy(row):
+UNMEASURED = object()  # this step does not measure it, which is no gap
+
+
+def metric(name):
+  """Return a function for `curve` that picks a metric."""
+  return lambda row: row.get(name, UNMEASURED)
+
+
+def greedy(row):
+  """Pick the mean greedy score of the held-out sets; see `curve`."""
   seen = [v for n, v in row.items() if n.startswith('val/')
-          and n.endswith('/greedy') and v is not None]
-  return float(np.mean(seen)) if seen else None
+          and n.endswith('/greedy')]
+  if not seen:
+    return UNMEASURED
+  return None if None in seen else float(np.mean(seen))
+
+
+def smoothing(runs):
+  """Return over how many steps rewards are averaged: a twentieth of a run."""
+  longest = max((len(rows) for seeds in runs.values()
+                 for rows in seeds.values()), default=1)
+  return max(1, longest // 20)
 
 
 def _smooth(x, width):
-  """Return the running mean of the last `width` values."""
-  total = np.cumsum(np.concatenate([[0.], x]))
+  """Return the running mean of the last `width` values; gaps stay."""
+  there = np.isfinite(x)
+  total = lambda y: np.cumsum(np.concatenate([[0.], y]))
+  sums, counts = total(np.where(there, x, 0.)), total(there)
   end = np.arange(1, len(x) + 1)
   start = np.maximum(end - width, 0)
-  return (total[end] - total[start]) / (end - start)
+  mean = (sums[end] - sums[start]) / np.maximum(counts[end] - counts[start], 1)
+  return np.where(there, mean, np.nan)
 
 
-def _draw(axis, variants, runs, pick, styles, width=1):
+def _draw(axis, variants, runs, pick, styles, unit, width=1):
+  gaps = set()
   for v in variants:
-    steps, mean, spread = _curve(runs[v.name], pick)
-    if not len(steps):
+    steps, mean, spread = curve(runs[v.name], pick, width)
+    gaps |= {s for s, m in zip(steps, mean) if np.isnan(m)}
+    if np.isnan(mean).all():
       continue
-    mean, spread = _smooth(mean, width), _smooth(spread, width)
-    colour, dash = styles[v.label]
-    axis.plot(steps, mean, dash, color=colour, lw=1.3, label=v.label)
+    line = styles[v.label]
+    axis.plot(steps, mean, _DASHES[line.dash], color=line.colour, lw=1.3,
+              label=v.label, marker=line.marker, ms=3.6,
+              markevery=max(1, len(steps) // 8))
     if len(runs[v.name]) > 1:
-      axis.fill_between(steps, mean - spread, mean + spread, color=colour,
+      axis.fill_between(steps, mean - spread, mean + spread, color=line.colour,
                         alpha=.12, lw=0)
+  if gaps:
+    axis.plot(sorted(gaps), [0] * len(gaps), '^', color=style.GREY, ms=4,
+              clip_on=False, transform=axis.get_xaxis_transform(),
+              label='missing or not finite')
   axis.grid(alpha=.25)
-  axis.set_xlabel('RL step')
-  axis.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+  axis.set(xlabel='RL step', ylabel=unit)
+  style.whole_steps(axis)
 
 
 def _figure(rows, columns, title, width=4.4, height=3., **kw):
@@ -87,15 +116,14 @@ def _legend(axis):
 
 def learning(variants, runs, directory, title):
   """Draw reward and held-out greedy accuracy, a row of panels per group."""
-  styles, groups = _styles(variants), _groups(variants)
+  styles, groups = lines(variants), _groups(variants)
   figure, axes = _figure(len(groups), 2, title)
-  longest = max((len(rows) for seeds in runs.values()
-                 for rows in seeds.values()), default=1)
-  width = max(1, longest // 20)
+  width = smoothing(runs)
   for (left, right), group in zip(axes, groups):
     mine = [v for v in variants if v.group == group]
-    _draw(left, mine, runs, lambda r: r.get('reward/mean'), styles, width)
-    _draw(right, mine, runs, _greedy, styles)
+    _draw(left, mine, runs, metric('reward/mean'), styles,
+          'mean of the rollout', width)
+    _draw(right, mine, runs, greedy, styles, 'share of the reward')
     over = f', mean of {width} steps' if width > 1 else ''
     left.set_title(f'{group}: reward{over}', fontsize=10)
     right.set_title(f'{group}: held-out greedy', fontsize=10)
@@ -109,12 +137,12 @@ def coefficient(variants, runs, directory, title):
           and runs[v.name]]
   if not mine:
     return
-  styles, columns = _styles(variants), min(3, len(mine))
+  styles, columns = lines(variants), min(3, len(mine))
   figure, axes = _figure(-(-len(mine) // columns), columns, title, width=3.8,
                          height=2.5, sharex=True, sharey=True)
   axes = axes.ravel()
   for axis, v in zip(axes, mine):
-    _draw(axis, [v], runs, lambda r: r.get('occ/lambda'), styles)
+    _draw(axis, [v], runs, metric('occ/lambda'), styles, '')
     axis.axhline(0, color='#909090', lw=.6, zorder=0)
     axis.set_yscale('symlog', linthresh=1e-2)
     axis.set_title(f'{v.group}: {v.label}', fontsize=9)
@@ -124,49 +152,53 @@ def coefficient(variants, runs, directory, title):
   style.save(figure, directory, 'lambda')
 
 
+def differences(rows, metric_name):
+  """Return [(label, regime, `intervals.Interval`)] of rows of one group."""
+  return [(r['label'], regime, found[metric_name])
+          for r in rows for regime, found in r['against'].items()
+          if found.get(metric_name) is not None]
+
+
 def forest(rows, directory, title):
-  """Draw the paired differences with their intervals, a row per group.
+  """Draw the paired differences with their intervals, each on a tick.
 
   Args:
     rows: list from `compare.summary.compare`.
     directory: where forest.png goes.
     title: above the figure.
   """
-  shown = {'greedy': 'held-out greedy', 'avg': 'held-out avg@k',
-           'reward': 'reward, mean of all steps'}
-  marks = {'detach': ('o', '#2060a8', .14), 'rl_only': ('s', '#d8702a', -.14)}
   rows = [r for r in rows if any(r['against'].values())]
   if not rows:
     return
   groups = list(dict.fromkeys(r['group'] for r in rows))
-  heights = [.34 * sum(r['group'] == g for r in rows) + .8 for g in groups]
-  figure, axes = _figure(len(groups), len(shown), title, width=3.6,
+  names = {g: list(dict.fromkeys(
+      (label, regime) for m in SHOWN for label, regime, _ in differences(
+          [r for r in rows if r['group'] == g], m))) for g in groups}
+  heights = [.24 * len(names[g]) + .8 for g in groups]
+  figure, axes = _figure(len(groups), len(SHOWN), title, width=3.6,
                          height=sum(heights) / len(groups),
                          height_ratios=heights)
-  handles = {}
-  for line, group in zip(axes, groups):
-    mine = [r for r in rows if r['group'] == group][::-1]
-    for axis, (metric, name) in zip(line, shown.items()):
-      axis.axvline(0, color='#909090', lw=.8, zorder=0)
-      for y, row in enumerate(mine):
-        for regime, (mark, colour, shift) in marks.items():
-          found = row['against'].get(regime, {}).get(metric)
-          if found is None:
-            continue
-          error = (None if found.low is None else
-                   [[found.mean - found.low], [found.high - found.mean]])
-          handles[f'minus {regime}'] = axis.errorbar(
-              found.mean, y + shift, xerr=error, fmt=mark, ms=4, lw=1.2,
-              color=colour, capsize=2)
-      axis.set_ylim(-.6, len(mine) - .4)
-      axis.set_yticks(range(len(mine)), [r['label'] for r in mine]
-                      if axis is line[0] else [''] * len(mine), fontsize=8)
+  for panels, group in zip(axes, groups):
+    mine = [r for r in rows if r['group'] == group]
+    places = {pair: -i for i, pair in enumerate(names[group])}
+    for axis, (key, name) in zip(panels, SHOWN.items()):
+      axis.axvline(0, color=style.GREY, lw=.8, zorder=0)
+      for label, regime, found in differences(mine, key):
+        error = (None if found.low is None else
+                 [[found.mean - found.low], [found.high - found.mean]])
+        line = style.REGIMES[regime]
+        axis.errorbar(found.mean, places[label, regime], xerr=error,
+                      fmt=line.marker, ms=4, lw=1.2, color=line.colour,
+                      capsize=2)
+      axis.set_ylim(-len(places) + .4, .6)
+      axis.set_yticks(list(places.values()), [
+          f'{label} - {regime}' if axis is panels[0] else ''
+          for label, regime in places], fontsize=8)
       axis.set_title(f'{group}: {name}', fontsize=9)
+      axis.set_xlabel('difference', fontsize=8)
       axis.tick_params(axis='x', labelsize=8)
       axis.xaxis.set_major_locator(ticker.MaxNLocator(4))
-      axis.grid(axis='x', alpha=.25)
-  figure.legend(handles.values(), handles.keys(), loc='outside right center',
-                frameon=False, fontsize=8)
+      axis.grid(alpha=.25)
   style.save(figure, directory, 'forest')
 
 

@@ -47,11 +47,13 @@ class Rollout(NamedTuple):
     examples: list of B `types.Example`, the problem of each row.
     rewards: float32 [B], without the overlong penalty.
     metrics: dict of numbers.
+    scores: `logprobs.LogProbs` of the rows before the update.
   """
   batch: types.RolloutBatch
   examples: list
   rewards: np.ndarray
   metrics: dict
+  scores: Any = None
 
   def sample(self, row, tokenizer):
     """Return a row as a dict: prompt, completion, answer, reward."""
@@ -171,7 +173,7 @@ def collect(actor: Actor, params, reference_params, step):
       **describe.seconds(drawn.seconds),
       **describe.batch_metrics(batch, old, drawn.rewards, config.rl.group,
                                task.tokenizer.ends)}
-  return Rollout(batch, list(drawn.examples), drawn.rewards, metrics)
+  return Rollout(batch, list(drawn.examples), drawn.rewards, metrics, old)
 
 
 def _old(actor, params, rows, sampled):

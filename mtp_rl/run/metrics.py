@@ -218,13 +218,28 @@ class Writer:
     self._events.close()
 
 
+class _Bar(tqdm.tqdm):
+  """A bar that says why its first step takes long."""
+
+  def update(self, n=1):
+    """Count steps; from the first on, nothing is compiled any more."""
+    if not self.disable and self.postfix == _COMPILING:
+      self.set_postfix_str('', refresh=False)
+    return super().update(n)
+
+
+_COMPILING = 'compiling (first step)'
+
+
 def progress(config: config_lib.Config, total, start, name):
   """Return a progress bar on stderr, disabled unless run.progress is set."""
-  return tqdm.tqdm(total=total, initial=start, desc=name, file=sys.stderr,
-                   disable=not (config.run.progress
-                                and distributed.is_writer()),
-                   dynamic_ncols=True,
-                   mininterval=.2 if sys.stderr.isatty() else 10.)
+  bar = _Bar(total=total, initial=start, desc=name, file=sys.stderr,
+             disable=not (config.run.progress and distributed.is_writer()),
+             dynamic_ncols=True,
+             mininterval=.2 if sys.stderr.isatty() else 10.)
+  if not bar.disable:
+    bar.set_postfix_str(_COMPILING)
+  return bar
 
 
 def write_json(path, values):

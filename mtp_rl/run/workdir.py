@@ -1,8 +1,8 @@
 """A run and its workdir: everything that is checked before long work starts.
 
 A workdir holds config.json, tokenizer.json, data.json (tasks with data sets),
-published.json (the config.json of pretrained weights),
-warmup.jsonl, metrics.jsonl, samples.jsonl, events/, figures/,
+published.json (the config.json of pretrained weights), warmup.jsonl,
+metrics.jsonl, samples.jsonl, tokens.jsonl, events/, figures/, report.html,
 checkpoints/{warmup,rl}/ and summary.json; experiments/README.md says what each
 is.
 """
@@ -183,8 +183,8 @@ def _names(directory):
 
 def _check_rows(workdir):
   """Raise ConfigError if rows are damaged, or belong to no checkpoint."""
-  for name, keys in (('warmup', ()), ('metrics', ()), ('samples', (
-      'prompt', 'completion', 'answer', 'reward'))):
+  for name, keys in (('warmup', ()), ('metrics', ()), ('tokens', ()), (
+      'samples', ('prompt', 'completion', 'answer', 'reward'))):
     path = os.path.join(workdir, f'{name}.jsonl')
     rows = metrics.read(path, ('step', *keys))
     where = os.path.join(workdir, 'checkpoints', 'rl')
