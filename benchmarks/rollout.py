@@ -79,14 +79,17 @@ def _step(batch, columns, params):
   import jax
   import numpy as np
 
-  from mtp_rl.rollout import decode, sampler
+  from mtp_rl import prng
+  from mtp_rl.rollout import decode, layout, sampler
   fixed = dict(config=_config('smol', PROMPT, columns - PROMPT), ends=_ends())
   prompts, valid = _prompts(batch, PROMPT)
   state = jax.jit(functools.partial(sampler.prefill, **fixed))(
-      params, prompts, valid, sampler.identify(prompts, valid),
+      params, prompts, valid, prng.identify(prompts, valid),
       jax.random.key(0))
   last, alive = np.full(batch, columns - 2, np.int32), np.zeros(batch, bool)
-  step = jax.jit(functools.partial(decode.extend, **fixed), donate_argnums=1)
+  mesh = jax.sharding.Mesh(jax.devices()[:1], ('x',))
+  step = jax.jit(functools.partial(decode.extend, **fixed), donate_argnums=1,
+                 compiler_options=layout.compiler_options(mesh))
   kept = [state]
 
   def run():

@@ -6,8 +6,10 @@ their problems from NumPy generators seeded in tasks/generated.py.
 """
 
 import enum
+import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -52,3 +54,36 @@ def fold(start, *counters):
 def generator(seed, stream, *counters):
   """Return the NumPy generator of a stream at some counters."""
   return np.random.default_rng([seed, int(stream), *counters])
+
+
+def identify(prompts, valid):
+  """Return what the samples of each prompt depend on, uint32 [P, 2].
+
+  That is a checksum of its tokens, and how many equal prompts stand before it:
+  equal prompts get different samples.
+
+  Args:
+    prompts: int32 [P, R], NumPy array.
+    valid: bool [P, R].
+  """
+  seen, out = {}, np.zeros((len(prompts), 2), np.uint32)
+  for row, (tokens, there) in enumerate(zip(prompts, valid)):
+    name = zlib.crc32(np.ascontiguousarray(tokens[there], '<i4').tobytes())
+    out[row] = name, seen.get(name, 0)
+    seen[name] = seen.get(name, 0) + 1
+  return out
+
+
+def row_keys(key, prompts, group):
+  """Return the PRNG keys [B] of the samples of P prompts.
+
+  Args:
+    key: PRNG key of the rollout.
+    prompts: uint32 [P, 2], from `identify`.
+    group: G.
+  """
+  one = lambda prompt, sample: fold(
+      key, prompt[0], prompt[1] * jnp.uint32(group) + sample)
+  every = lambda prompt: jax.vmap(lambda i: one(prompt, i))(
+      jnp.arange(group, dtype=jnp.uint32))
+  return jax.vmap(every)(prompts).reshape(-1)

@@ -82,7 +82,7 @@ def read_in_parts(net, params, tokens, valid, cuts):
     past, at = None, np.full(len(tokens), start)
     if cache is not None:
       past = attention.Past(*cache, valid & (np.arange(tokens.shape[1])
-                                             < start), np.int32(start))
+                                             < start), at.astype(np.int32))
     x, new = extend(tokens[:, start:stop], positions[:, start:stop],
                     valid[:, start:stop], past)
     if cache is None:

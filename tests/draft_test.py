@@ -78,7 +78,7 @@ def test_drafts_are_what_the_modules_score():
   prompts, valid = prompts_lib.pad_prompts(sampler_test.PROMPTS, TOKENIZER, 6)
   fixed = dict(config=config, ends=TOKENIZER.ends)
   state = jax.jit(functools.partial(sampler.prefill, **fixed))(
-      params, prompts, valid, sampler.identify(prompts, valid),
+      params, prompts, valid, prng.identify(prompts, valid),
       jax.random.key(3))
   choose = lambda logits, place: decode.choose(
       logits, state.keys, place, config.rollout, False)[0]

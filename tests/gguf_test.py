@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import tokenizers, types
+from mtp_rl import prng, tokenizers, types
 from mtp_rl.models import presets, pretrained, transformer
 from mtp_rl.rollout import sampler
 from tests import conftest, published
@@ -171,7 +171,7 @@ def test_smollm2_decodes_the_same_with_and_without_cache(smollm):
   config = conftest.tiny_config(mtp=dict(modules=0, regime='rl_only'),
                                 rollout=dict(max_prompt=r, max_response=s))
   config.model = m
-  names = sampler.identify(tokens[:, :r], valid[:, :r])
+  names = prng.identify(tokens[:, :r], valid[:, :r])
   cached = jax.jit(lambda p: sampler.generate(
       p, tokens[:, :r], valid[:, :r], names, jax.random.key(0), config=config,
       greedy=True, ends=tokenizers.Ends(2, (2,))))(params).rows

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import forward, tokenizers
+from mtp_rl import forward, prng, tokenizers
 from mtp_rl.models import transformer
 from mtp_rl.rollout import decode, draft, sampler
 from mtp_rl.rollout import prompts as prompts_lib
@@ -46,7 +46,7 @@ def _generate(params, config, texts=PROMPTS, group=1, greedy=False, seed=0):
   return jax.device_get(jax.jit(functools.partial(
       sampler.generate, config=config, ends=TOKENIZER.ends, group=group,
       greedy=greedy))(params, prompts, valid,
-                      sampler.identify(prompts, valid), jax.random.key(seed)))
+                      prng.identify(prompts, valid), jax.random.key(seed)))
 
 
 @functools.cache
@@ -171,7 +171,7 @@ def test_a_decoding_step_copies_no_cache(response, drafts):
   prompts, valid = prompts_lib.pad_prompts(PROMPTS * 4, TOKENIZER, 6)
   state = jax.eval_shape(functools.partial(
       sampler.prefill, config=config, ends=TOKENIZER.ends), _params(), prompts,
-      valid, sampler.identify(prompts, valid), jax.random.key(0))
+      valid, prng.identify(prompts, valid), jax.random.key(0))
   step = draft.speculate if config.rollout.draft else decode.extend
   loop = lambda params, state: jax.lax.fori_loop(
       0, 8, lambda _, s: step(params, s, config=config, ends=TOKENIZER.ends),

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from mtp_rl import config as config_lib
 from mtp_rl import (
   forward,
+  prng,
   regimes,
   sharding,
   tokenizers,
@@ -177,7 +178,7 @@ def _window(params, asked, config: config_lib.Config, ends, mesh):
 
   def empty(params, prompts, valid, names, key):
     seen = sampler.read(params, prompts, valid, config=config)
-    keys = sampler.row_keys(key, names, group)
+    keys = prng.row_keys(key, names, group)
     return slots.empty(seen, keys, count, drafts, config)
 
   state = jax.eval_shape(empty, params, *asked)

@@ -56,7 +56,7 @@ class Past(NamedTuple):
     key, value: float [L, B, N, U, C], of all layers. In this order a decoding
       step's matmuls read them without a transpose.
     valid: bool [B, U], columns that hold a token of the row.
-    used: int32 [], no row has valid columns from this one on.
+    used: int32 [B], a row's valid columns end before this one.
   """
   key: jax.Array
   value: jax.Array
@@ -206,8 +206,8 @@ def _softmax(query, parts):
     u = key.shape[2]
     bias = jnp.where(mask, 0., -1e30).astype(jnp.float32)  # [B, T, U]
     bias = jnp.broadcast_to(bias[:, None], (b, g, t, u))
-    return bias.reshape(b, 1, g * t, u) + jnp.matmul(
-        q, key.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    return bias.reshape(b, 1, g * t, u) + jnp.einsum(
+        'bnqc,bnuc->bnqu', q, key, preferred_element_type=jnp.float32)
 
   scores = [score(key, mask) for key, _, mask in parts]
   top = functools.reduce(jnp.maximum, [
@@ -225,7 +225,9 @@ def with_past(query, key, value, past, layer, rows):
   """Attend to the valid columns of the past and to the new tokens up to each.
 
   Only a prefix of the past is read: the shortest of a few sizes that holds the
-  columns used. Up to `_SMALL` columns are read as a whole.
+  columns used. Up to `_SMALL` columns are read as a whole. XLA for one CPU
+  copies what it reads, so there a longer past is read row by row: a row's keys
+  stay in the processor's cache, and each row has a prefix of its own.
 
   Args:
     query: [B, W, H, C], of new tokens.
@@ -234,29 +236,52 @@ def with_past(query, key, value, past, layer, rows):
     layer: int32 [], of the past.
     rows: `Rows` of the new tokens; queries are 0 at those that do not belong.
   """
-  w, window = query.shape[1], rows.window
-  at = jnp.arange(w)
-  own = (rows.queries > 0)[:, None, :] & (at <= at[:, None])
+  new = (query, key, value, rows.queries > 0, past.valid, past.used)
+  mesh = jax.sharding.get_abstract_mesh()
+  if (past.key.shape[3] <= _SMALL or sharding.platform() != 'cpu'
+      or not (mesh.empty or mesh.size == 1)):
+    return _with_past(new, lambda size: [c[layer, :, :, :size]
+                                      for c in (past.key, past.value)],
+                      rows.window)
+
+  def one(xs):
+    row, new = xs
+    take = lambda size: [jax.lax.dynamic_slice(
+        c, (layer, row, 0, 0, 0), (1, 1, c.shape[2], size, c.shape[4]))[0]
+                         for c in (past.key, past.value)]
+    return _with_past(tuple(x[None] for x in new), take, rows.window)[0]
+
+  return jax.lax.map(one, (jnp.arange(len(query)), new))
+
+
+def _with_past(new, past, window):
+  """Attend as `with_past` does, in some rows.
+
+  Args:
+    new: query, key, value, bool [B, W] whether they belong, and the valid and
+      used of the past, of these rows.
+    past: function of a size, returns that many columns of their keys and
+      values, [B, N, size, C].
+    window: see `Rows`.
+  """
+  query, key, value, there, valid, used = new
+  at = jnp.arange(query.shape[1])
+  own = there[:, None, :] & (at <= at[:, None])
   if window is not None:
     own &= at > at[:, None] - window
-    columns = jnp.arange(past.valid.shape[1])
-    end = jnp.max(jnp.where(past.valid, columns + 1, 0), 1)
-    first = end[:, None] + at - window + 1  # of the past, by new token
   new = key.swapaxes(1, 2), value.swapaxes(1, 2), own
 
   def read(size):
-    valid = past.valid[:, None, :size]
-    seen = jnp.broadcast_to(valid, (*own.shape[:2], size))
+    seen = jnp.broadcast_to(valid[:, None, :size], (*own.shape[:2], size))
     if window is not None:
-      seen &= columns[:size] >= first[..., None]
-    return lambda: _softmax(query, [
-        (past.key[layer, :, :, :size], past.value[layer, :, :, :size], seen),
-        new])
+      seen &= jnp.arange(size) > (used[:, None] + at - window)[..., None]
+    return lambda: _softmax(query, [(*past(size), seen),
+                                    new])
 
-  sizes = _sizes(past.key.shape[3])
+  sizes = _sizes(valid.shape[1])
   if len(sizes) == 1:
     return read(sizes[0])()
-  index = jnp.sum(past.used > jnp.asarray(sizes[:-1]))
+  index = jnp.sum(jnp.max(used) > jnp.asarray(sizes[:-1]))
   return jax.lax.switch(index, [read(size) for size in sizes])
 
 

@@ -107,7 +107,11 @@ def choose(logits, keys, places, rollout: config_lib.Rollout, greedy):
   logp, kept = tempered(logits, rollout)
   if not greedy:
     kept = kept + noise(keys, places, logits.shape[-1:], prng.Draw.TOKEN)
-  token = jnp.argmax(logits if greedy else kept, -1).astype(jnp.int32)
+  best = logits if greedy else kept
+  # As argmax does; but one reduction of noise to a value and its place is not
+  # vectorised by XLA for CPU.
+  token = jnp.argmax(best == jnp.max(best, -1, keepdims=True), -1)
+  token = token.astype(jnp.int32)
   return token, jnp.take_along_axis(logp, token[..., None], -1)[..., 0]
 
 
@@ -137,7 +141,7 @@ def there(state):
 def past(cache, state, columns):
   """Return the `attention.Past` of the columns before `columns`, int32 [B]."""
   before = jnp.arange(state.tokens.shape[1]) < columns[:, None]
-  return attention.Past(*cache, there(state) & before, jnp.max(columns))
+  return attention.Past(*cache, there(state) & before, columns)
 
 
 def positions(state, columns, count):

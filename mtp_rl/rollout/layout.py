@@ -44,6 +44,18 @@ def sampling_mesh(config: config_lib.Config, mesh):
                            axis_types=mesh.axis_types)
 
 
+def compiler_options(mesh):
+  """Return XLA's options for decoding on a mesh, a dict or None.
+
+  XLA for CPU copies each layer's weights out of their stack before it reads
+  them. In the order that it prefers, all copies of a layer come first, and have
+  left the processor's cache when they are read.
+  """
+  cpu = mesh.devices.flat[0].platform == 'cpu'
+  name = 'xla_cpu_enable_concurrency_optimized_scheduler'
+  return {name: False} if cpu else None
+
+
 def _dtype(path, x, dtype):
   """Return the dtype in which the model uses a parameter."""
   cast = path.endswith(('kernel', 'embedding', 'bias', *tree_lib.ADAPTER)) and (

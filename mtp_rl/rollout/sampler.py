@@ -7,7 +7,6 @@ to rounding of the logits.
 
 import dataclasses
 import functools
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -36,39 +35,6 @@ class Drawn(NamedTuple):
   logprobs: jax.Array
   counts: jax.Array
   seconds: dict | None = None
-
-
-def identify(prompts, valid):
-  """Return what the samples of each prompt depend on, uint32 [P, 2].
-
-  That is a checksum of its tokens, and how many equal prompts stand before it:
-  equal prompts get different samples.
-
-  Args:
-    prompts: int32 [P, R], NumPy array.
-    valid: bool [P, R].
-  """
-  seen, out = {}, np.zeros((len(prompts), 2), np.uint32)
-  for row, (tokens, there) in enumerate(zip(prompts, valid)):
-    name = zlib.crc32(np.ascontiguousarray(tokens[there], '<i4').tobytes())
-    out[row] = name, seen.get(name, 0)
-    seen[name] = seen.get(name, 0) + 1
-  return out
-
-
-def row_keys(key, prompts, group):
-  """Return the PRNG keys [B] of the samples of P prompts.
-
-  Args:
-    key: PRNG key of the rollout.
-    prompts: uint32 [P, 2], from `identify`.
-    group: G.
-  """
-  one = lambda prompt, sample: prng.fold(
-      key, prompt[0], prompt[1] * jnp.uint32(group) + sample)
-  every = lambda prompt: jax.vmap(lambda i: one(prompt, i))(
-      jnp.arange(group, dtype=jnp.uint32))
-  return jax.vmap(every)(prompts).reshape(-1)
 
 
 class Prompts(NamedTuple):
@@ -142,7 +108,7 @@ def prefill(params, prompts, prompt_valid, names, key, *,
   seen = read(params, prompts, prompt_valid, config=config)
   # The prompt's cache is copied to its G samples.
   spread = functools.partial(jnp.repeat, repeats=group)
-  state = seat(over_rows(spread, seen), row_keys(key, names, group),
+  state = seat(over_rows(spread, seen), prng.row_keys(key, names, group),
                config=config, ends=ends, greedy=greedy)
   more = state.tokens.shape[1] - prompts.shape[1]
   return decode.over_columns(lambda x, axis: jnp.pad(x, [
@@ -168,7 +134,7 @@ def generate(params, prompts, prompt_valid, names, key, *,
     params: the model's parameters.
     prompts: int32 [P, R], left-padded.
     prompt_valid: bool [P, R].
-    names: uint32 [P, 2], from `identify`.
+    names: uint32 [P, 2], from `prng.identify`.
     key: PRNG key.
     config: `config.Config` (static), its vocabulary resolved.
     ends: `tokenizers.Ends` (static).
@@ -227,13 +193,14 @@ def make_generate(config: config_lib.Config, mesh, abstract, ends, group,
       functools.partial(generate, config=config, ends=ends, group=group,
                         greedy=greedy),
       in_shardings=(shardings, rows, rows, rows, None),
-      out_shardings=Drawn(rows, rows, NamedSharding(mesh, P())))
+      out_shardings=Drawn(rows, rows, NamedSharding(mesh, P())),
+      compiler_options=layout.compiler_options(mesh))
 
   def run(params, prompts, valid, key, finished=None):
     del finished  # all rows end together
     if mesh is not trained:  # a key is bound to the mesh it was made on
       key = np.asarray(jax.random.key_data(key))
-    names = identify(prompts, valid)
+    names = prng.identify(prompts, valid)
     with jax.set_mesh(mesh):
       if mesh is not trained:
         key = jax.random.wrap_key_data(key)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_rl import config as config_lib
-from mtp_rl import distributed, sharding, types
+from mtp_rl import distributed, prng, sharding, types
 from mtp_rl.rollout import decode, draft, layout, sampler
 
 STEPS = 8  # of a window
@@ -144,15 +144,17 @@ def empty(prompts, keys, slots, drafts, config: config_lib.Config):
 class _Programs:
   """The jitted parts, compiled for each number of slots when first used."""
 
-  def __init__(self, config, ends, group, greedy):
+  def __init__(self, config, mesh, ends, group, greedy):
+    options = layout.compiler_options(mesh)
     fixed = dict(config=config, ends=ends, greedy=greedy)
     self.read = jax.jit(functools.partial(sampler.read, config=config))
-    self.keys = jax.jit(functools.partial(sampler.row_keys, group=group))
+    self.keys = jax.jit(functools.partial(prng.row_keys, group=group))
     self.empty = jax.jit(functools.partial(empty, config=config),
                          static_argnums=(2, 3))
     self.enter = jax.jit(functools.partial(enter, **fixed), donate_argnums=0)
     self.window = jax.jit(functools.partial(window, **fixed),
-                          static_argnames='drafts', donate_argnums=1)
+                          static_argnames='drafts', donate_argnums=1,
+                          compiler_options=options)
     self.gather = jax.jit(gather)
     self.begin_drafts = jax.jit(functools.partial(begin_drafts, config=config))
 
@@ -215,7 +217,7 @@ def make_generate(config: config_lib.Config, mesh, abstract, ends, group,
   if not config.rollout.slots:
     return sampler.make_generate(config, mesh, abstract, ends, group, greedy)
   mesh, trained = layout.sampling_mesh(config, mesh), mesh
-  programs = _Programs(config, ends, group, greedy)
+  programs = _Programs(config, mesh, ends, group, greedy)
 
   def run(params, prompts, valid, key, finished=None):
     if mesh is not trained:  # a key is bound to the mesh it was made on
@@ -233,7 +235,7 @@ def _run(programs, config, mesh, group, params, prompts, valid, key, finished):
   """Sample all rows; see `make_generate`."""
   (count, r), s = prompts.shape, config.rollout.max_response
   margin = max(draft.window(config) - r, 0)
-  names = sampler.identify(prompts, valid)
+  names = prng.identify(prompts, valid)
   prompts, valid = (np.pad(x, ((0, 0), (margin, 0))) for x in (prompts, valid))
   rows = sharding.batch_sharding(mesh)
   place = lambda *x: distributed.put(x, rows)

@@ -14,7 +14,7 @@ from mtp_rl import config as config_lib
 from mtp_rl import config_io, tokenizers
 from mtp_rl.run import checkpoint, owner
 
-_ROWS = ('warmup.jsonl', 'metrics.jsonl', 'samples.jsonl')
+_ROWS = ('warmup.jsonl', 'metrics.jsonl', 'samples.jsonl', 'tokens.jsonl')
 
 
 class Item(NamedTuple):
