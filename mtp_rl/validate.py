@@ -221,7 +221,7 @@ def _validate_adapters(config: config_lib.Config):
 def _validate_sampling(config: config_lib.Config):
   r, mesh = config.rollout, config.mesh
   places = sharding.batch_devices(layout.sampling_config(config).mesh)
-  _need(r.slots % places == 0,
+  _need(not places or r.slots % places == 0,
         f'rollout.slots={r.slots} does not divide over the {places} devices '
         'that rows are split over while sampling; set a multiple')
   if not (r.tensor or r.expert):
