@@ -234,7 +234,7 @@ def _validate_sampling(config: config_lib.Config):
           f'devices that rollout.tensor={r.tensor} leaves for rows; set '
           'rollout.tensor higher')
   places = sharding.batch_devices(layout.sampling_config(config).mesh)
-  _need(r.slots % places == 0,
+  _need(not places or r.slots % places == 0,
         f'rollout.slots={r.slots} does not divide over the {places} devices '
         'that rows are split over while sampling; set a multiple')
 

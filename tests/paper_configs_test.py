@@ -59,8 +59,8 @@ GLM = {'model.n_layers': 46, 'model.n_heads': 96, 'model.n_kv_heads': 8,
        'model.norm_topk': True, 'model.router': 'sigmoid'}
 # How it is computed, or not read by these configs: ours to choose.
 OURS = {'rl.pack', 'model.dtype', 'model.remat', 'model.attention',
-        'optim.mu_dtype', 'rollout.tensor', 'rollout.expert',
-        'rollout.slots', 'rollout.draft', 'rollout.verify',
+        'model.expert_form', 'optim.mu_dtype', 'rollout.tensor',
+        'rollout.expert', 'rollout.slots', 'rollout.draft', 'rollout.verify',
         'rollout.draft_rows',
         'model.head_chunk', 'model.pretrained', 'rl.microbatches', 'rl.kl_kind',
         'mtp.coef', 'mtp.psi_coef', 'mtp.theta_loss', 'mtp.unroll',

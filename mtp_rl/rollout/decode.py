@@ -16,7 +16,7 @@ from mtp_rl.models import attention, transformer
 
 
 class SamplingState(NamedTuple):
-  """What the decoding loop carries; U = R + S + rollout.draft.
+  """What the decoding loop carries; U >= R + S + rollout.draft.
 
   Attributes:
     tokens: int32 [B, U].

@@ -126,6 +126,8 @@ def empty(prompts, keys, slots, drafts, config: config_lib.Config):
   """Return a state of so many slots, all of them free."""
   s, more = config.rollout.max_response, config.rollout.draft
   columns = prompts.tokens.shape[1] + s + more
+  # A whole number of tiles; else XLA for TPU copies the cache of every window.
+  columns += -columns % 8
   wide = lambda c: jnp.zeros((c.shape[0], slots, c.shape[2], columns,
                               c.shape[4]), c.dtype)
   caches = lambda pair: jax.tree.map(wide, pair)
