@@ -231,6 +231,7 @@ def _real(tmp_path_factory):
   return found
 
 
+@pytest.mark.long
 def test_a_comparison_from_warm_up_to_figures(real, monkeypatch):
   for name in ('warmup', 'still', 'cut'):
     for seed in (0, 1):
@@ -267,6 +268,7 @@ def test_a_comparison_from_warm_up_to_figures(real, monkeypatch):
 
 
 @pytest.mark.filterwarnings('error')
+@pytest.mark.long
 def test_figures_do_without_the_runs_of_a_variant(real, tmp_path):
   runs = summary.collect(real.variants, real.seeds, real.path)
   runs['still'] = {}

@@ -141,6 +141,7 @@ def _run(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.long
 def test_a_run_is_diagnosed_end_to_end(run):
   text, directory = study.diagnose(run, rollouts=2, points=5, bound=2.)
   assert sorted(os.listdir(directory)) == [
@@ -223,6 +224,7 @@ def _said(workdir, **kw):
   return str(e.value)
 
 
+@pytest.mark.long
 def test_what_cannot_be_diagnosed_is_one_sentence(run, tmp_path):
   assert '--bound=-1' in _said(run, bound=-1.)
   assert 'occ.disjoint_parts=3' in _said(run, disjoint_parts=3)

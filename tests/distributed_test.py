@@ -142,6 +142,7 @@ def _state(workdir):
     return jax.device_get(saved.restore(abstract)), saved.steps()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('kind, other', [
     ('moe', '1x8'), conftest.long('moe', '1x1'), conftest.long('dense', '1x8'),
     conftest.long('dense', '1x1')])
@@ -166,6 +167,7 @@ def test_two_processes_are_one(kind, other, run):
                                  atol=1e-6), state, wanted)
 
 
+@pytest.mark.long
 def test_one_process_writes(run):
   """Every row and every file once, as one process leaves them."""
   def names(workdir):
@@ -244,6 +246,7 @@ def test_all_agree_on_a_damaged_checkpoint_and_on_the_owner(run, tmp_path):
   assert _rows(workdir) == _rows(whole)
 
 
+@pytest.mark.long
 def test_two_processes_evaluate_as_one(run):
   workdir = run('moe', '2x4')
   log = os.path.join(workdir, 'evaluation', 'rl_3_k2.jsonl')

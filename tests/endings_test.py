@@ -29,9 +29,12 @@ with signals.interruptible() as stopped:
 
 
 def _child(code, *args, **kw):
+  # A shell's background job ignores SIGINT, and so would its children.
+  heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
   return subprocess.Popen([sys.executable, '-c', code, *args], cwd=ROOT,
-                          text=True, **dict(stdout=subprocess.PIPE,
-                                            stderr=subprocess.PIPE) | kw)
+                          text=True, **heard | dict(
+                              stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE) | kw)
 
 
 @pytest.mark.parametrize('first, second, code', [
@@ -39,12 +42,15 @@ def _child(code, *args, **kw):
     (signal.SIGINT, signal.SIGINT, 130), (signal.SIGTERM, signal.SIGHUP, 129)])
 def test_a_second_signal_of_any_kind_ends_at_once(first, second, code):
   child = _child(_WAITING, str(10 ** 9))
-  assert child.stdout.readline() == 'ready\n'
-  child.send_signal(first)
-  while 'once more' not in (line := child.stderr.readline()):
-    assert child.poll() is None, line
-  child.send_signal(second)
-  out, err = child.communicate(timeout=20)
+  try:
+    assert child.stdout.readline() == 'ready\n'
+    child.send_signal(first)
+    while 'once more' not in (line := child.stderr.readline()):
+      assert child.poll() is None, line
+    child.send_signal(second)
+    out, err = child.communicate(timeout=20)
+  finally:
+    child.kill()
   assert child.returncode == code and not out and 'Traceback' not in err
 
 

@@ -320,8 +320,8 @@ def test_l_eta_is_measured_on_the_update_itself():
 
 
 @pytest.mark.parametrize('regime', [
-    *map(conftest.long, ('detach', 'ce', 'fixed', 'exact', 'curvature')),
-    'occ', 'cross_fitted'])
+    *map(conftest.long, ('detach', 'ce', 'fixed', 'exact', 'curvature',
+                         'cross_fitted')), 'occ'])
 def test_accumulated_is_whole(regime):
   sections = dict(rl=dict(loss='gspo', dual_clip=0., clip_low=.05,
                           clip_high=.05, aggregation='seq-mean-token-mean'))

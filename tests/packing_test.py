@@ -274,6 +274,7 @@ def test_auto_attention_takes_no_kernel_of_one_sequence(monkeypatch):
     assert got.attention == expected
 
 
+@pytest.mark.long
 def test_a_packed_run_is_the_run(tmp_path):
   """Two steps of two minibatches, through the trainer."""
   rows = []

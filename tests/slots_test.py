@@ -129,6 +129,7 @@ def test_slots_must_divide_over_the_devices():
     _config(dict(fsdp=4), slots=6)
 
 
+@pytest.mark.long
 def test_a_run_with_slots_and_drafts_resumes_bit_for_bit(tmp_path):
   """Stopped after step 2 of 4; verified while decoding."""
   settings = dict(slots=8, draft=2, max_response=6)

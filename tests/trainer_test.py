@@ -115,7 +115,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
       def pad(*args):
         calls.append(1)
         if len(calls) == 3:
-          os.kill(os.getpid(), signal.SIGINT)
+          os.kill(os.getpid(), signal.SIGTERM)
         return update(*args)
       patched.setattr(trainer.sampler, 'pad_supervised', pad)
     if kind == 'kill':
@@ -140,6 +140,7 @@ trainer.train(trainer_test._config(), sys.argv[2])
 '''
 
 
+@pytest.mark.long
 def test_a_killed_process_loses_nothing(whole, tmp_path):
   """SIGKILL while the RL phase runs, then the same call again."""
   workdir, _ = whole

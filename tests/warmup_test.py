@@ -106,7 +106,7 @@ def test_a_resumed_run_draws_the_same_pools_and_never_reads_again(
   def interrupt(self, params, step):
     calls.append(step)
     if step == 13:  # inside the second pool
-      os.kill(os.getpid(), signal.SIGINT)
+      os.kill(os.getpid(), signal.SIGTERM)
     return batch(self, params, step)
 
   with monkeypatch.context() as patched:
