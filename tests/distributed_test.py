@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 V = 14  # tokens of the task's tokenizer
 KINDS = {  # model, mesh, updates of the warm-up, other settings
     'dense': (dict(remat='none'), dict(data=2, fsdp=2, tensor=2), 0,
-              dict(rollout=dict(tensor=4))),
+              dict(rollout=dict(tensor=4, slots=8, draft=1))),
     'moe': (dict(remat='none', n_layers=1, experts=4, experts_per_token=2,
                  expert_ff=16), dict(data=2, fsdp=2, expert=2), 2,
             dict(rl=dict(pack=True)))}
@@ -42,11 +42,14 @@ NOISE = ('rollout/logprob_gap_max', 'occ/cos', 'occ/logprob/cos',
 
 def _config(kind, mesh=None):
   model, many, warmup, more = KINDS[kind]
+  sampling = dict(more.get('rollout', {}))
+  if mesh == {}:
+    sampling.pop('tensor', None)
   return conftest.tiny_config(
       model=model, mesh=many if mesh is None else mesh,
       rl=dict(steps=3, kl_coef=.01, tis_cap=2., dynamic_sampling=1,
               overlong_buffer=3) | more.get('rl', {}),
-      rollout={} if mesh == {} else more.get('rollout', {}),
+      rollout=sampling,
       warmup=dict(steps=warmup), eval=dict(every=3),
       run=dict(checkpoint_every=1, keep=9))
 

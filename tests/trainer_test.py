@@ -111,13 +111,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
   with monkeypatch.context() as patched:
     patched.setattr(metrics.Writer, 'write', interrupt)
     if kind == 'stop in warm-up':
-      update = trainer.prompts_lib.pad_supervised
-      def pad(*args):
+      solutions = warmup._solutions
+      def draw(*args):
         calls.append(1)
         if len(calls) == 3:
           os.kill(os.getpid(), signal.SIGTERM)
-        return update(*args)
-      patched.setattr(trainer.sampler, 'pad_supervised', pad)
+        return solutions(*args)
+      patched.setattr(warmup, '_solutions', draw)
     if kind == 'kill':
       with pytest.raises(KeyboardInterrupt):
         trainer.train(config, again)
