@@ -15,6 +15,7 @@ from mtp_rl.run import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 
+jax.config.update('jax_platforms', 'cpu')  # also where a GPU's plugin lies
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_compilation_cache_dir', str(
     ROOT / '.pytest_cache' / 'jax'))

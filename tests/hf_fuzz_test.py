@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import tokenizers, validate
+from mtp_rl import prng, tokenizers, validate
 from mtp_rl.models import presets, pretrained, transformer
 from mtp_rl.rollout import sampler
 from tests import conftest, published
@@ -191,10 +191,10 @@ def test_greedy_tokens_are_those_of_generate(family, fields, tmp_path):
   config.model = m
   path = published.write(tmp_path / 'hf', m, mtp, tensors)
   params = pretrained.load(path, published.network(m, mtp)[1], m, mtp)
-  got, _ = jax.jit(lambda p: sampler.generate(
-      p, jnp.asarray(prompts, jnp.int32), jnp.asarray(valid),
-      jax.random.key(0), config=config, greedy=True,
-      ends=tokenizers.Ends(0, (1,))))(params)
+  prompts = prompts.astype(np.int32)
+  got = jax.jit(lambda p: sampler.generate(
+      p, prompts, valid, prng.identify(prompts, valid), jax.random.key(0),
+      config=config, greedy=True, ends=tokenizers.Ends(0, (1,))))(params).rows
   for row in range(3):
     ids = torch.from_numpy(prompts[row:row + 1, valid[row]]).long()
     want = model.generate(ids, do_sample=False, max_new_tokens=s,
