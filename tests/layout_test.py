@@ -28,6 +28,7 @@ FLOORS = (
      'objectives.mtp', 'rollout.layout', 'rollout.packing', 'rollout.prompts',
      'rollout.judge',
      'estimators', 'compare.summary', 'compare.jobs', 'report.page',
+     'report.parabola',
      'report.closing'),
     ('models.mtp', 'models.pretrained', 'run.inventory',
      'objectives.logprobs', 'report.comparison_page',
