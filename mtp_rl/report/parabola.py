@@ -13,6 +13,8 @@ import numpy as np
 from mtp_rl import occ
 from mtp_rl.report import style
 
+# ruff: noqa: RUF001 (the signs of mtp_rl/README.md)
+
 ETA, L = .1, 4.
 G_RL, G_MTP = np.array([1., .5]), np.array([.9, -.2])
 RHO = 1.  # of `occ.guard`
