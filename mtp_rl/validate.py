@@ -42,7 +42,7 @@ CHOICES = {
     'warmup.data': ('solutions', 'samples'),
     'optim.clip_mode': ('separate', 'joint'),
     'optim.schedule': ('constant', 'cosine', 'linear'),
-    'task.name': tuple(tasks.MODULES),
+    'task.name': tasks.MODULES,  # read late: a notebook may add its own
     'task.template': ('chat', 'plain'),
 }
 

@@ -126,6 +126,8 @@ def test_lost_rows_are_said_and_not_made_up(kept, said, first, last, tmp_path,
   _write(path, kept)
   metrics.keep_until(str(path), 4, range(9))
   assert f'metrics.jsonl has no rows of {said}' in capsys.readouterr().err
+  metrics.write_json(str(tmp_path / 'config.json'),
+                     config_io.to_dict(_config()))
   run = workdir_lib.Run(_config(), str(tmp_path), None, None, None)
   summary = trainer.finish(run, 'complete')
   value = lambda x: x if x == {} else {'val/a/greedy': x}
