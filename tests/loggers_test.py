@@ -182,7 +182,6 @@ def test_wandb_that_cannot_start_ends_the_run_with_a_sentence(tmp_path, wandb):
     _go_on(tmp_path, 'rl', None, (), 'wandb')
 
 
-@pytest.mark.long
 def test_the_real_wandb_works_offline(tmp_path, monkeypatch):
   pytest.importorskip('wandb')
   monkeypatch.setenv('WANDB_MODE', 'offline')
