@@ -109,7 +109,7 @@ def _start(directory, python, url, then='', before=''):
   script = directory.parent / 'cell.py'
   script.write_text('\n'.join([before, source, then]), encoding='utf-8')
   env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-  # As in a kernel, the folder of a script is not on the path: its text is.
+  # As in a kernel, the current folder is on the path, not that of a script.
   code = f'exec(compile(open({str(script)!r}).read(), "cell", "exec"))'
   return subprocess.run([python, '-c', code], cwd=directory, env=env,
                         capture_output=True, text=True)
