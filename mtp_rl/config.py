@@ -242,6 +242,7 @@ class Run:
   checkpoint_every: int = 50
   keep: int = 2
   progress: bool = True
+  loggers: str = 'tensorboard'  # of tensorboard, csv, wandb; by commas
   strict: bool = False  # a damaged checkpoint ends the run
   hang_minutes: float = 60.  # processes waiting for each other: the run ends
   max_skipped: int = 5  # updates in a row that are not finite: the run ends

@@ -107,7 +107,7 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
     state = saved.restore(functions.steps.abstract)
   reference = warm_params if config.rl.kl_coef else None
   writer = metrics.Writer(run.path('metrics.jsonl'), run.path('events', 'rl'),
-                          start, range(config.rl.steps + 1))
+                          start, range(config.rl.steps + 1), config.run.loggers)
   notes, shown = journal.Journal(run, functions, start), {}
   with contextlib.closing(writer), metrics.progress(
       config, config.rl.steps, start or 0, 'RL') as bar:

@@ -8,6 +8,7 @@ from mtp_rl import config_io, estimators, regimes, sharding, tasks
 from mtp_rl.models import rope, settings
 from mtp_rl.objectives import acceptance, masked
 from mtp_rl.rollout import layout
+from mtp_rl.run import loggers
 
 # Projections of a block that can have a LoRA adapter.
 TARGETS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
@@ -41,7 +42,7 @@ CHOICES = {
     'warmup.data': ('solutions', 'samples'),
     'optim.clip_mode': ('separate', 'joint'),
     'optim.schedule': ('constant', 'cosine', 'linear'),
-    'task.name': tuple(tasks.MODULES),
+    'task.name': tasks.MODULES,  # read late: a notebook may add its own
     'task.template': ('chat', 'plain'),
 }
 
@@ -340,6 +341,7 @@ def validate(config: config_lib.Config):
   _need_signs(config, _POSITIVE, lambda x: x > 0, 'must be positive')
   _need_signs(config, _NOT_NEGATIVE, lambda x: x >= 0, 'must not be negative')
   settings.check(config.model)
+  loggers.names(config.run.loggers)
   _need(0 < config.rollout.top_p <= 1,
         f'rollout.top_p={config.rollout.top_p} must lie in (0, 1]')
   _need(config.rollout.temperature > 0,

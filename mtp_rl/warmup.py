@@ -146,7 +146,7 @@ def _loop(run, steps, state, draw, start, saved, stopped):
   w, step = run.config.warmup, start
   writer = metrics.Writer(
       run.path('warmup.jsonl'), run.path('events', 'warmup'), start,
-      range(_ROW_EVERY, w.steps + 1, _ROW_EVERY))
+      range(_ROW_EVERY, w.steps + 1, _ROW_EVERY), run.config.run.loggers)
   rows = sharding.batch_sharding(run.mesh)
   refuse_diverged = lambda step, values: endings.refuse_diverged(
       run.config, int(values['skipped_in_a_row']), 'warmup', step,

@@ -20,6 +20,7 @@ from mtp_rl.report import (
   comparison_page,
   journal,
   page,
+  parabola,
   series,
   style,
 )
@@ -339,3 +340,20 @@ def test_the_bar_says_that_it_compiles_until_the_first_step(capsys):
     bar.update()
     bar.refresh()
   assert 'compiling' not in capsys.readouterr().err
+
+
+def test_the_picture_of_lambda_shows_what_the_equations_say(tmp_path):
+  n = parabola.numbers()
+  delta = lambda lam: occ.decomposition(lam, n['c'], n['v2'], parabola.ETA,
+                                        parabola.L)
+  grid = np.linspace(-3, 3, 6001)
+  assert grid[np.argmax(delta(grid))] == pytest.approx(n['star'], abs=1e-3)
+  assert delta(n['star']) == pytest.approx(n['gain'])
+  assert delta(1e-6) / 1e-6 == pytest.approx(n['slope'], rel=1e-4)
+  products = occ.gradient_products(parabola.G_RL, [parabola.G_MTP], np.dot)
+  shrunk = occ.guard(np.array([n['star']]), products, parabola.RHO)
+  assert float(shrunk[0]) == pytest.approx(n['guard'])
+  # The numbers that mtp_rl/README.md names.
+  assert (round(n['star'], 2), round(n['guard'], 2)) == (1.41, 1.21)
+  parabola.draw(str(tmp_path))
+  assert (tmp_path / 'parabola.png').read_bytes()[:4] == b'\x89PNG'

@@ -1,5 +1,6 @@
 """Files of rows, damaged on purpose; TensorBoard after kills; full disks."""
 
+import csv
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io, trainer
-from mtp_rl.run import metrics
+from mtp_rl.run import loggers, metrics
 from mtp_rl.run import workdir as workdir_lib
 from tests import conftest, distributed_test
 
@@ -35,6 +36,14 @@ def _points(workdir):
         for tag in seen.Tags()['scalars'] if not tag.startswith(
             metrics.VOLATILE)}
   return out
+
+
+def _table(path):
+  """The rows of a CSV file, without what differs between equal runs."""
+  with open(path, encoding='utf-8', newline='') as f:
+    return [{k: v for k, v in row.items()
+             if not k.startswith(metrics.VOLATILE)}
+            for row in csv.DictReader(f)]
 
 
 def _write(path, steps):
@@ -133,8 +142,8 @@ def _full(*_):
 
 
 @pytest.mark.parametrize('owner, name', [
-    (metrics.event_file_writer.EventsWriter, 'write_event'),
-    (metrics.event_file_writer.EventsWriter, 'flush'),
+    (loggers.event_file_writer.EventsWriter, 'write_event'),
+    (loggers.event_file_writer.EventsWriter, 'flush'),
     (metrics.os, 'fsync')])
 def test_a_full_disk_is_met_by_the_thread_that_trains(owner, name, tmp_path,
                                                       monkeypatch):
@@ -151,7 +160,8 @@ def test_a_full_disk_is_met_by_the_thread_that_trains(owner, name, tmp_path,
 def test_tensorboard_shows_the_same_points_after_kills(
     tmp_path, monkeypatch):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  trainer.train(_config(), str(whole))
+  names = 'csv,tensorboard'
+  trainer.train(_config(run=dict(loggers=names)), str(whole))
   wanted = _points(whole)
   assert [s for s, _ in wanted['warmup']['lr']] == [20, 40, 60]
   assert [s for s, _ in wanted['rl']['reward/mean']] == [1, 2, 3, 4]
@@ -171,7 +181,7 @@ def test_tensorboard_shows_the_same_points_after_kills(
       raise KeyboardInterrupt
     return row
   monkeypatch.setattr(metrics.Writer, 'write', kill)
-  config = _config(run=dict(checkpoint_every=1))
+  config = _config(run=dict(checkpoint_every=1, loggers=names))
   for _ in range(len(kills)):
     with pytest.raises(KeyboardInterrupt):
       trainer.train(config, str(killed))
@@ -180,6 +190,8 @@ def test_tensorboard_shows_the_same_points_after_kills(
     f.truncate(newest.stat().st_size - 3)
   trainer.train(config, str(killed))
   assert not kills and _points(killed) == wanted
+  for name in 'warmup.csv', 'metrics.csv':
+    assert _table(killed / name) == _table(whole / name)
 
 
 @pytest.fixture(name='small_disk')

@@ -1,4 +1,4 @@
-"""Metrics to JSONL and TensorBoard; one JSON object per line, with 'step'.
+"""Metrics to JSONL and to loggers; one JSON object per line, with 'step'.
 
 Every process may call these functions; process 0 alone writes.
 """
@@ -7,21 +7,16 @@ import json
 import math
 import os
 import sys
-import time
 
 import numpy as np
 import tqdm
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2, summary_pb2
 
 from mtp_rl import config as config_lib
 from mtp_rl import distributed
+from mtp_rl.run import loggers as loggers_lib
 
 # Prefixes of metrics that differ between two otherwise equal runs.
 VOLATILE = ('timing_s/', 'rollout/tokens_per_s')
-
-
-_FLUSH_S = 10.  # seconds that events may stay in memory
 
 
 def read(path, keys=()):
@@ -129,48 +124,11 @@ def _keep_until(path, step, expected):
   os.replace(path + '.part', path)
 
 
-class _Events:
-  """TensorBoard's events of one phase, in a directory of its own.
-
-  The thread that calls writes them: tensorboardX's SummaryWriter has a queue,
-  which blocks for ever once its thread has met a full disk.
-  """
-
-  def __init__(self, directory, resume_step):
-    os.makedirs(directory, exist_ok=True)
-    # Readers take the files in the order of their names.
-    number = len(os.listdir(directory))
-    self._writer = event_file_writer.EventsWriter(
-        os.path.join(directory, f'{number:06d}'))
-    self._flushed = time.monotonic()
-    if number:  # readers drop what earlier files have from this step on
-      self._writer.write_event(event_pb2.Event(
-          wall_time=time.time(),
-          step=0 if resume_step is None else resume_step + 1,
-          session_log=event_pb2.SessionLog(
-              status=event_pb2.SessionLog.START)))
-
-  def write(self, row):
-    values = [v for name, x in row.items() if name != 'step' and x is not None
-              for v in summary.scalar(name, x).value]
-    self._writer.write_event(event_pb2.Event(
-        wall_time=time.time(), step=row['step'],
-        summary=summary_pb2.Summary(value=values)))
-    if time.monotonic() - self._flushed > _FLUSH_S:
-      self.flush()
-
-  def flush(self):
-    self._writer.flush()
-    self._flushed = time.monotonic()
-
-  def close(self):
-    self._writer.close()
-
-
 class Writer:
   """Appends rows; on resume, first drops the rows after the restored step."""
 
-  def __init__(self, path, events_dir, resume_step, expected=()):
+  def __init__(self, path, events_dir, resume_step, expected=(),
+               loggers='tensorboard'):
     """Open the files.
 
     Args:
@@ -178,16 +136,18 @@ class Writer:
       events_dir: directory of the phase's TensorBoard events.
       resume_step: rows with a larger step are dropped; None drops all.
       expected: see `keep_until`.
+      loggers: run.loggers.
 
     Raises:
-      config.ConfigError: the file is damaged.
+      config.ConfigError: the file is damaged, or a logger cannot start.
     """
-    self._file = self._events = None
+    self._file, self._loggers = None, []
     keep_until(path, resume_step, expected)
-    if not distributed.is_writer():
-      return
-    self._file = open(path, 'a', encoding='utf-8')
-    self._events = _Events(events_dir, resume_step)
+    with distributed.together():
+      if distributed.is_writer():
+        self._loggers = loggers_lib.start(loggers, path, events_dir,
+                                          resume_step, read(path))
+        self._file = open(path, 'a', encoding='utf-8')
 
   def write(self, step, values):
     """Write one row, and return it.
@@ -200,7 +160,8 @@ class Writer:
       return row
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
-    self._events.write(row)
+    for logger in self._loggers:
+      logger.write(row)
     return row
 
   def flush(self):
@@ -208,14 +169,16 @@ class Writer:
     if self._file is None:
       return
     os.fsync(self._file.fileno())
-    self._events.flush()
+    for logger in self._loggers:
+      logger.flush()
 
   def close(self):
-    """Flush and close both files."""
+    """Flush and close all files."""
     if self._file is None:
       return
     self._file.close()
-    self._events.close()
+    for logger in self._loggers:
+      logger.close()
 
 
 class _Bar(tqdm.tqdm):

@@ -2,9 +2,9 @@
 
 A workdir holds config.json, tokenizer.json, data.json (tasks with data sets),
 published.json (the config.json of pretrained weights), warmup.jsonl,
-metrics.jsonl, samples.jsonl, tokens.jsonl, events/, figures/, report.html,
-checkpoints/{warmup,rl}/ and summary.json; experiments/README.md says what each
-is.
+metrics.jsonl, samples.jsonl, tokens.jsonl, what run.loggers writes, figures/,
+report.html, checkpoints/{warmup,rl}/ and summary.json; experiments/README.md
+says what each is.
 """
 
 import json
@@ -25,14 +25,15 @@ from mtp_rl import (
 )
 from mtp_rl.models import pretrained
 from mtp_rl.rollout import prompts as prompts_lib
-from mtp_rl.run import checkpoint, metrics, owner
+from mtp_rl.run import checkpoint, loggers, metrics, owner
 
 _PUBLISHED = 'published.json'
 # Fields that may change when a workdir is resumed: bookkeeping, and where and
 # in what portions the work is done, which changes results by rounding alone.
 # `_may_change` adds those that some settings tie to the result.
 _BOOKKEEPING = ('eval.every', 'run.checkpoint_every', 'run.keep',
-                'run.progress', 'run.hang_minutes', 'run.strict')
+                'run.progress', 'run.loggers', 'run.hang_minutes',
+                'run.strict')
 _LAYOUT = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.expert',
            'rollout.tensor', 'rollout.expert', 'model.remat',
            'model.head_chunk', 'task.processes')
@@ -78,6 +79,8 @@ def setup(config: config_lib.Config, workdir):
   mesh = sharding.make_mesh(config.mesh)
   path = os.path.join(workdir, 'config.json')
   with distributed.together():
+    if distributed.is_writer():
+      loggers.check(config.run.loggers)
     checkpoint.prepare_workdir(workdir)
     owner.take(workdir)
     _same_config(path, config)
