@@ -4,8 +4,8 @@ r"""Sampling and an RL step beside transformers, Tunix and TRL, in one process.
     python -m benchmarks.rivals [--rivals=generate,grpo] [--out=FILE.json]
 
 Random weights of the same shapes, float32, temperature 1, no row ends early;
-every round runs each case once, in turn, on the same cores; medians. All of
-them get `benchmarks.step`'s settings of malloc, which keep large buffers mapped.
+every round runs each case once, in turn, on the same cores; medians. All
+have the settings of malloc of `benchmarks.step`, which keep large buffers.
 
     generate  tokens/s: SmolLM2-135M's shape, 32 + 32 tokens, 16 rows and 1,
               against transformers' generate; d 128, 4 layers, V 256, 16 + 32
@@ -24,7 +24,7 @@ import time
 
 from absl import app, flags, logging
 
-from benchmarks import rollout, step
+from benchmarks import MALLOC, rollout
 
 ROWS, GROUP, R, S = 128, 8, 16, 32
 _CHARACTERS = ''.join(chr(i) for i in range(0x100, 0x1fd))  # 253, V is 256
@@ -293,8 +293,8 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  if os.environ.get('GLIBC_TUNABLES') != step.MALLOC:
-    os.environ['GLIBC_TUNABLES'] = step.MALLOC
+  if os.environ.get('GLIBC_TUNABLES') != MALLOC:
+    os.environ['GLIBC_TUNABLES'] = MALLOC
     os.execv(sys.executable, [sys.executable, '-m', 'benchmarks.rivals',
                               *sys.argv[1:]])
   app.run(main)

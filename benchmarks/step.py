@@ -16,6 +16,8 @@ import time
 
 from absl import app, flags, logging
 
+from benchmarks import MALLOC
+
 _ROUNDS = flags.DEFINE_integer('rounds', 20, 'Timed rounds.', lower_bound=20)
 _CORES = flags.DEFINE_integer('cores', 1, 'CPU cores to pin to.', lower_bound=1)
 _OUT = flags.DEFINE_string('out', '', 'JSON file for the table.')
@@ -23,11 +25,6 @@ _CHUNK = flags.DEFINE_integer('head_chunk', 16, 'model.head_chunk.',
                               lower_bound=0)
 _ONLY = flags.DEFINE_list('only', [], 'Rows to time in addition to detach.')
 
-# Keeps large buffers mapped between updates instead of faulting them in again;
-# about 1.15 times as fast here, equally for every regime.
-MALLOC = ('glibc.malloc.mmap_threshold=8589934592:'
-           'glibc.malloc.trim_threshold=17179869184:'
-           'glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1')
 V, R, S, ROWS = 64, 16, 32, 128
 # name -> regime, estimator, psi's loss ('theta': the paper's L_RL + l L_MTP).
 REGIMES = {
