@@ -14,7 +14,8 @@ case of a part once, in turn, and medians are printed.
     slots        256 rows of 'tiny' whose lengths are nearly geometric, a
                  quarter of the longest (128) in the mean: {'slots_speedup'}, 32
                  slots over all rows at once, and what it was measured with
-    speculation  three drafts by one module at SmolLM2-135M's shape, by rows:
+    speculation  three drafts by one module at SmolLM2-135M's shape, 32 + 16
+                 tokens, by rows:
                  {'speculation': {rows: {'speedup', 'accepted'}}}, and with
                  'draft_vocab' the same with rollout.draft_vocab=8192. How often
                  drafts pass is set, not learned: see `_agreeing`.
@@ -211,7 +212,7 @@ def _slots():
 
 def _speculation():
   cases, seen = {}, {}
-  shape = functools.partial(_config, 'smol', PROMPT, 32, mtp=True,
+  shape = functools.partial(_config, 'smol', PROMPT, 16, mtp=True,
                             temperature=TEMPERATURE)
   params = _agreeing(_params(shape()), .9)
   for n in ROWS:

@@ -159,6 +159,21 @@ def greedy_scorer():
   return lambda size: float(len(bytearray(int(size) * 2 ** 20)) > 0)
 
 
+def test_the_server_that_forks_may_die_while_a_worker_starts(monkeypatch):
+  pool = workers.Pool(greedy_scorer, (), timeout_s=20.)
+  start, failed = pool._context.Process.start, []
+  def dies(process):
+    if len(failed) < 2:
+      failed.append(1)
+      raise EOFError('unexpected EOF')
+    start(process)
+  monkeypatch.setattr(pool._context.Process, 'start', dies)
+  try:
+    assert pool.score_all([['8']]) == [1.] and len(failed) == 2
+  finally:
+    pool.close()
+
+
 def test_a_worker_that_takes_too_much_memory_is_replaced():
   pool = workers.Pool(greedy_scorer, (), timeout_s=20., memory_mb=256)
   try:

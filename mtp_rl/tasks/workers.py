@@ -19,6 +19,7 @@ import weakref
 from multiprocessing import connection as connection_lib
 
 START_S = 120.  # limit for a fresh process, which imports the packages
+_TRIES = 5  # to start a process
 _END_S = 5.  # seconds to wait for a killed process to end
 _STARTS = 3  # failed starts in a row after which the pool gives up
 _MESSAGE = 4096  # most bytes of a reply
@@ -80,11 +81,21 @@ class _Worker:
   """
 
   def __init__(self, context, target):
-    self.connection, theirs = context.Pipe()
-    self.process = context.Process(target=_serve, args=(theirs, *target),
-                                   daemon=True)
-    self.process.start()
-    theirs.close()
+    for tries in range(1, _TRIES + 1):
+      self.connection, theirs = context.Pipe()
+      self.process = context.Process(target=_serve, args=(theirs, *target),
+                                     daemon=True)
+      try:
+        self.process.start()
+      except (EOFError, OSError):  # the server that forks died; a new one comes
+        self.connection.close()
+        if tries == _TRIES:
+          raise
+        time.sleep(.1)
+      else:
+        break
+      finally:
+        theirs.close()
     self.job, self.ready = None, False
     self.deadline = time.monotonic() + START_S
 
