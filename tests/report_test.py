@@ -88,6 +88,16 @@ def test_token_rows_have_the_numbers_of_the_batch(two):
   assert json.loads(metrics_row) == row
 
 
+def test_what_was_not_scored_is_null(two):
+  config, batch, before, after, _ = two
+  bare = before._replace(entropy=None, top1=None, overlap=None)
+  row = token_rows.row(0, batch.rows, bare, LETTERS, batches.S,
+                       token_rows.updates(batch, after, config))
+  whole = token_rows.row(0, batch.rows, before, LETTERS, batches.S)
+  assert row['main'] == whole['main'] and None not in row['d_rl']
+  assert set(row['entropy']) == {None} and set(row['mtp'][0]) == {None}
+
+
 def test_packed_rows_have_the_same_products(two):
   """What an update of packed rows would see is what the rows say."""
   config, batch, _, after, moved = two

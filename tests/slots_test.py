@@ -130,11 +130,12 @@ def test_slots_must_divide_over_the_devices():
 
 
 @pytest.mark.long
-def test_a_run_with_slots_and_drafts_resumes_bit_for_bit(tmp_path):
-  """Stopped after step 2 of 4; verified while decoding."""
+def test_a_run_with_slots_and_drafts_resumes_bit_for_bit(tmp_path, capsys):
+  """Stopped after step 2 of 4; verified while decoding, not scored again."""
   settings = dict(slots=8, draft=2, max_response=6)
   config = lambda steps: conftest.tiny_config(
-      rl=dict(steps=steps), mtp=dict(regime='detach'), rollout=settings)
+      rl=dict(steps=steps, old_logprobs='rollout'),
+      mtp=dict(regime='detach'), rollout=settings)
   rows = {}
   for name, parts in (('whole', (4,)), ('parts', (2, 4))):
     for steps in parts:
@@ -145,3 +146,9 @@ def test_a_run_with_slots_and_drafts_resumes_bit_for_bit(tmp_path):
              tmp_path / name / 'metrics.jsonl'))]
   assert rows['parts'][3:] == rows['whole'][3:] and len(rows['whole']) == 5
   assert rows['whole'][1]['rollout/accepted_1'] is not None
+  assert 'could not be written' not in capsys.readouterr().err
+  noted = [metrics.read(str(tmp_path / name / 'tokens.jsonl'))
+           for name in ('parts', 'whole')]
+  assert noted[0][-1] == noted[1][-1] and noted[0][-1]['kind'] == 'rollout'
+  last = noted[0][-1]
+  assert last['entropy'] == [None] * last['length'] and None not in last['d_rl']

@@ -276,13 +276,15 @@ def _run(programs, config, mesh, group, params, prompts, valid, key, finished):
       break
     spent('wait')
     state = programs.window(params, state, drafts=drafts)
-    texts, columns, scores, done = distributed.fetch(
-        (state.tokens, state.column, state.logprobs, state.done))
+    columns, done = distributed.fetch((state.column, state.done))
     spent('draft' if drafts else 'decode')
     slots, samples = table.leave(np.asarray(done))
+    if not len(samples):
+      continue
+    texts, scores = distributed.fetch((state.tokens, state.logprobs))
     tokens[samples], column[samples] = texts[slots, :end], columns[slots]
     logprobs[samples] = scores[slots]
-    if finished is not None and len(samples):
+    if finished is not None:
       finished(samples, tokens[samples, margin + r:])
   spread = np.repeat(valid, group, 0)
   written = np.arange(margin + r, end) <= column[:, None]

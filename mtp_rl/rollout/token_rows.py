@@ -21,7 +21,8 @@ the step's updates, as one more minibatch of these rows would see them:
 Summed over all tokens of the minibatch their product is <delta_RL, delta_MTP>,
 which stands in for c. The sampled rows are of a step's first minibatch, which
 all its later updates have moved as well. Where depth k cannot predict a token,
-its values are null.
+its values are null. So are entropy and all of a module's but its delta where
+the rollout was not scored (rl.old_logprobs=rollout).
 """
 
 import functools
@@ -107,6 +108,11 @@ def row(index, rows: types.Tokens, scores, tokenizer, max_response, more=None):
   flat = lambda x: _numbers(x[index, :kept])
   by_depth = lambda x: [_numbers(x[index, :kept, k], seen[:, k])
                         for k in range(depths)]
+  if scores.entropy is None:
+    unknown = np.full(scores.mtp.shape, np.nan, np.float32)
+    scores = scores._replace(
+        entropy=np.full(scores.main.shape, np.nan, np.float32), mtp=unknown,
+        top1=unknown, overlap=unknown)
   out = {
       'prompt_tokens': tokenizer.pieces(
           prompt[rows.valid[index, :-max_response]]),
