@@ -279,6 +279,7 @@ def test_figures_do_without_the_runs_of_a_variant(real, tmp_path):
   assert (tmp_path / 'learning.png').exists()
 
 
+@pytest.mark.long
 def test_a_missing_run_is_named_and_its_seed_left_out(real, monkeypatch):
   with monkeypatch.context() as patch:
     hidden = real.path('cut', 1)
@@ -295,17 +296,20 @@ def test_a_missing_run_is_named_and_its_seed_left_out(real, monkeypatch):
   assert started[0].after == ''
 
 
+@pytest.mark.long
 def test_another_config_in_the_same_workdir_is_refused(real):
   with pytest.raises(config_lib.ConfigError, match='differs in rl.lr'):
     study.run(_study(real.workdir, lr=.5), 2)
 
 
+@pytest.mark.long
 def test_a_second_comparison_in_one_workdir_is_refused(real):
   with (study._alone(real.workdir),
         pytest.raises(config_lib.ConfigError, match='another comparison')):
     study.run(real, 2)
 
 
+@pytest.mark.long
 def test_a_signal_stops_a_comparison_and_nothing_is_reported_failed(
     real, tmp_path, monkeypatch):
   slow = [_job(tmp_path, 'slow', 'print("ready", flush=True); time.sleep(60)')]

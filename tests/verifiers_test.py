@@ -103,6 +103,7 @@ def test_equal_answers_have_one_name():
   assert verifiers.answer('1000') == '' == verifiers.answer(r'\boxed{.}')
 
 
+@pytest.mark.long
 def test_the_pool_holds_against_hostile_answers():
   """The whole fuzz is benchmarks/verifier_fuzz.py."""
   seen = verifier_fuzz.fuzz(200, clock_s=.4, processes=2, batch=100)
