@@ -195,3 +195,25 @@ def test_checksums_that_are_cut_between_lines_are_noticed(saved):
   assert checksums.damage(saved / '9')
   path.write_text(''.join(lines))
   assert checksums.damage(saved / '9') is None
+
+
+def test_a_folder_may_be_renamed_under_a_sum_taken_early(tmp_path, monkeypatch):
+  """Orbax's does, between the look at a file and its reading."""
+  name = f'state/ocdbt.process_{checksums.distributed.index()}/d/a'
+  path = tmp_path / '3.part.orbax-checkpoint-tmp' / name
+  path.parent.mkdir(parents=True)
+  path.write_bytes(b'abc')
+  take, tried = checksums._crc, []
+  def moves(where):
+    if not tried:
+      os.rename(tmp_path / '3.part.orbax-checkpoint-tmp', tmp_path / '3.part')
+    tried.append(where)
+    return take(where)
+  monkeypatch.setattr(checksums, '_crc', moves)
+  early = checksums.Early(str(tmp_path / '3.part'))
+  deadline = time.monotonic() + 20
+  while not tried and time.monotonic() < deadline:
+    time.sleep(.01)
+  early.close()
+  assert 'tmp' in tried[0]
+  assert early.crc(str(tmp_path / '3.part' / name)) == zlib.crc32(b'abc')

@@ -69,7 +69,10 @@ class Early:
         if '.' in name or name in self._sums:
           continue
         with contextlib.suppress(OSError):
-          self._sums[name] = _identity(path), _crc(path)
+          identity, value = _identity(path), _crc(path)
+          # Orbax renames the folder: the file may be gone from here by now.
+          if not math.isnan(value):
+            self._sums[name] = identity, value
 
   def close(self):
     """Stop watching."""
