@@ -5,13 +5,13 @@ import random
 import shutil
 import subprocess
 import time
-import zlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xxhash
 
 from mtp_rl import config as config_lib
 from mtp_rl.run import checkpoint, checksums, endings
@@ -33,6 +33,10 @@ def _state(seed):
 _ABSTRACT = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
     _state(0))
+
+
+def _hash(text):
+  return xxhash.xxh3_64_intdigest(text) >> 12
 
 
 def _same(a, b):
@@ -141,7 +145,7 @@ def test_where_no_good_one_is_left_nothing_is_renamed(saved):
 def test_one_of_an_older_version_is_read_unchecked(saved, capsys):
   (saved / '9' / checksums.NAME).unlink()
   path = saved / '9' / '_CHECKPOINT_METADATA'
-  path.write_text(path.read_text().replace(', "checksums": "crc32"', ''))
+  path.write_text(path.read_text().replace(', "checksums": "xxh3"', ''))
   opened = _open(saved)
   assert opened.recover() == 9
   assert 'without checksums, and is read unchecked' in capsys.readouterr().err
@@ -180,9 +184,9 @@ def test_a_sum_that_was_taken_early_holds_for_that_file_alone(tmp_path):
     time.sleep(.01)
   early.close()
   assert list(early._sums) == ['whole']
-  assert early.crc(folder / 'whole') == zlib.crc32(b'1' * 99)
+  assert early.hash(folder / 'whole') == _hash(b'1' * 99)
   (folder / 'whole').write_bytes(b'2' * 99)
-  assert early.crc(folder / 'whole') == zlib.crc32(b'2' * 99)
+  assert early.hash(folder / 'whole') == _hash(b'2' * 99)
 
 
 def test_checksums_that_are_cut_between_lines_are_noticed(saved):
@@ -203,17 +207,17 @@ def test_a_folder_may_be_renamed_under_a_sum_taken_early(tmp_path, monkeypatch):
   path = tmp_path / '3.part.orbax-checkpoint-tmp' / name
   path.parent.mkdir(parents=True)
   path.write_bytes(b'abc')
-  take, tried = checksums._crc, []
+  take, tried = checksums._hash, []
   def moves(where):
     if not tried:
       os.rename(tmp_path / '3.part.orbax-checkpoint-tmp', tmp_path / '3.part')
     tried.append(where)
     return take(where)
-  monkeypatch.setattr(checksums, '_crc', moves)
+  monkeypatch.setattr(checksums, '_hash', moves)
   early = checksums.Early(str(tmp_path / '3.part'))
   deadline = time.monotonic() + 20
   while not tried and time.monotonic() < deadline:
     time.sleep(.01)
   early.close()
   assert 'tmp' in tried[0]
-  assert early.crc(str(tmp_path / '3.part' / name)) == zlib.crc32(b'abc')
+  assert early.hash(str(tmp_path / '3.part' / name)) == _hash(b'abc')

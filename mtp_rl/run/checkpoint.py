@@ -89,7 +89,7 @@ class Checkpoints:
     early = checksums.Early(part)
     with _disk(final), contextlib.closing(early), context:
       ocp.save(part, state._asdict(),
-               custom_metadata={'format': _FORMAT, 'checksums': 'crc32'})
+               custom_metadata={'format': _FORMAT, 'checksums': 'xxh3'})
     with _disk(final):
       checksums.write(part, early)
     with distributed.together(), _disk(final):

@@ -1,9 +1,9 @@
-"""Checksums of a checkpoint: a CRC-32 and a size for each of its files.
+"""Checksums of a checkpoint: a hash and a size for each of its files.
 
 Orbax's files carry checksums of their index alone: a changed byte of an array
-loads. CRC-32 (zlib's) notices every burst of up to 32 bits and misses other
-damage once in 2^32; it guards against faults, not against forgery. All
-processes take part: each reads its share of the files, several at a time.
+loads. 52 bits of XXH3 miss damage once in 2^52; they guard against faults, not
+against forgery. All processes take part: each reads its share of the files,
+several at a time.
 """
 
 import concurrent.futures
@@ -12,7 +12,8 @@ import glob
 import math
 import os
 import threading
-import zlib
+
+import xxhash
 
 from mtp_rl import distributed
 
@@ -28,17 +29,22 @@ def _files(folder):
   return sorted(name for name in found if name != NAME)
 
 
-def _crc(path):
-  """Return the CRC-32 of a file; NaN where it cannot be read."""
-  block, value = bytearray(_BLOCK), 0
+def _short(hashed):
+  """Return 52 bits of a hash, which a float64 holds."""
+  return hashed.intdigest() >> 12
+
+
+def _hash(path):
+  """Return the hash of a file; NaN where it cannot be read."""
+  block, value = bytearray(_BLOCK), xxhash.xxh3_64()
   view = memoryview(block)
   try:
     with open(path, 'rb', buffering=0) as f:
       while size := f.readinto(block):
-        value = zlib.crc32(view[:size], value)
+        value.update(view[:size])
   except OSError:
     return math.nan
-  return value
+  return _short(value)
 
 
 def _identity(path):
@@ -48,7 +54,7 @@ def _identity(path):
 
 
 class Early:
-  """Takes the CRC of data files while others are still being written.
+  """Hashes data files while others are still being written.
 
   Tensorstore gives a data file its name once it is whole.
   """
@@ -69,7 +75,7 @@ class Early:
         if '.' in name or name in self._sums:
           continue
         with contextlib.suppress(OSError):
-          identity, value = _identity(path), _crc(path)
+          identity, value = _identity(path), _hash(path)
           # Orbax renames the folder: the file may be gone from here by now.
           if not math.isnan(value):
             self._sums[name] = identity, value
@@ -79,28 +85,28 @@ class Early:
     self._ended.set()
     self._thread.join()
 
-  def crc(self, path):
-    """Return the CRC-32 of a file, as known or taken now."""
+  def hash(self, path):
+    """Return the hash of a file, as known or taken now."""
     identity, value = self._sums.get(os.path.basename(path), (None, None))
     known = identity is not None and identity == _identity(path)
-    return value if known else _crc(path)
+    return value if known else _hash(path)
 
 
-def _lines(folder, names, crc=_crc):
-  """Return the lines of files: CRC, bytes and name; '' for one unreadable."""
+def _lines(folder, names, take=_hash):
+  """Return the lines of files: hash, bytes and name; '' for one unreadable."""
   paths = [os.path.join(folder, name) for name in names]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    sums = distributed.split(lambda part: list(pool.map(crc, paths[part])),
+    sums = distributed.split(lambda part: list(pool.map(take, paths[part])),
                              len(paths))
   sizes = [os.path.getsize(p) if os.path.exists(p) else -1 for p in paths]
-  return ['' if math.isnan(crc) else f'{int(crc):08x} {size} {name}\n'
-          for name, crc, size in zip(names, sums, sizes)]
+  return ['' if math.isnan(value) else f'{int(value):013x} {size} {name}\n'
+          for name, value, size in zip(names, sums, sizes)]
 
 
 def _last(lines):
   """Return the line of the checksums themselves."""
   text = ''.join(lines).encode()
-  return f'{zlib.crc32(text):08x} {len(text)} {NAME}\n'
+  return f'{_short(xxhash.xxh3_64(text)):013x} {len(text)} {NAME}\n'
 
 
 def write(folder, early):
@@ -115,7 +121,7 @@ def write(folder, early):
   """
   names = _files(folder)
   alike = not distributed.differing({'files': names})
-  lines = _lines(folder, names, early.crc) if alike else ['']
+  lines = _lines(folder, names, early.hash) if alike else ['']
   if '' in lines:
     raise OSError(f'{folder} cannot be read back')
   if distributed.is_writer():

@@ -21,6 +21,7 @@ _BEAT_S = 2.  # between signs of life; longer with hundreds of processes
 # that process 0, which keeps the store, waits for the others to read.
 _GRACE_S = 3.
 _WAIT_S = 10.
+_LEAVE_S = 1.  # that it gives them to go after they have said that they do
 _STORE = 'mtp_rl/peers'
 _GO_ON = 'the same command goes on from the last checkpoint'
 
@@ -72,10 +73,12 @@ class Watch:
     telling = threading.Thread(target=self._tell, daemon=True)
     telling.start()
     telling.join(_GRACE_S)
-    deadline = time.monotonic() + (_WAIT_S if self._index == 0 else _GRACE_S)
-    while time.monotonic() < deadline and not all(
-        x.get('ended') for i, x in self._said.items() if i != self._index):
-      time.sleep(.1)
+    if self._index == 0:  # JAX aborts those that are still there after it
+      deadline = time.monotonic() + _WAIT_S
+      while time.monotonic() < deadline and not all(
+          x.get('ended') for i, x in self._said.items() if i):
+        time.sleep(.1)
+      time.sleep(_LEAVE_S)
     for stream in (sys.stdout, sys.stderr):
       stream.flush()
     os._exit(code)
