@@ -201,10 +201,20 @@ def _running(run):
 
 @owner.releasing
 def pretrain(config: config_lib.Config, workdir):
-  """Run or resume the warm-up alone; return whether it is complete."""
-  run = workdir_lib.setup(config, workdir)
+  """Run or resume the warm-up alone; return whether it is complete.
+
+  It leaves report.html, also where it diverges.
+  """
+  run, status = workdir_lib.setup(config, workdir), 'diverged'
   with _running(run) as stopped:
-    return warmup.train(run, stopped) is not None
+    try:
+      done = warmup.train(run, stopped) is not None
+      status = 'pretrained' if done else 'interrupted'
+    except endings.DivergedError:
+      journal.write_page(run, status)
+      raise
+  journal.write_page(run, status)
+  return done
 
 
 @owner.releasing

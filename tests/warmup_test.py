@@ -126,6 +126,7 @@ def test_without_warm_up_steps_the_first_checkpoint_is_the_pretrained_trunk(
     folder, tmp_path):
   config = _config(folder, steps=0)
   assert trainer.pretrain(config, str(tmp_path))
+  assert 'warm-up complete' in (tmp_path / 'report.html').read_text()
   first = _params(config, str(tmp_path), 'warmup')
   np.testing.assert_array_equal(
       first['embed']['embedding'],

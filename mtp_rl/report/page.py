@@ -22,6 +22,8 @@ _STATES = {
     'complete': ('complete', 'All steps are done.'),
     'interrupted': ('stopped', 'The same command resumes.'),
     'diverged': ('diverged', 'Too many updates in a row were not finite.'),
+    'pretrained': ('warm-up complete', 'experiments.pretrain: the warm-up '
+                   'alone; others start from it by warmup.init.'),
     'running': ('running', 'As of the last evaluation; load the page again.'),
     '': ('unfinished', 'Still running, or ended without a summary.')}
 _REFERENCES = {'main_old': 'log π of the main head at rollout',
@@ -225,7 +227,8 @@ def payload(workdir, status=None):
 
   Args:
     workdir: directory of a run, of any age.
-    status: of `trainer.finish`, or 'running'; None: as summary.json says.
+    status: of `trainer.finish`, 'pretrained' or 'running'; None: as
+      summary.json says.
 
   Raises:
     config.ConfigError: there is no run.
