@@ -42,6 +42,8 @@ REGIMES = {
     'occ exact': ('occ', 'exact', 'theta'),
     'occ preconditioned': ('occ', 'preconditioned', 'theta'),
     'occ cross_fitted': ('occ', 'cross_fitted', 'theta'),
+    'occ affordable': ('occ', 'affordable', 'theta'),
+    'occ trust_region': ('occ', 'trust_region', 'theta'),
     'occ curvature': ('occ', 'curvature', 'theta'),
     'detach unchecked': ('detach', 'logprob', 'ce'),  # see `_unchecked`
 }

@@ -115,7 +115,8 @@ class OCC:
   solver: str = 'gram'  # K > 1: G^-1 c, or 'per_module': c_k / v_k^2
   scope: str = 'all'  # parameters whose gradients are measured
   disjoint_parts: int = 2  # per minibatch, for estimators that read gradients
-  probe_every: int = 4  # cross_fitted: updates between measurements of L eta
+  probe_every: int = 4  # updates between measurements of L eta
+  budget: float = .1  # affordable: share of RL's own gain that MTP may cost
   guard: float = 0.  # bound rho of ||lambda g_MTP|| <= rho ||g_RL||; 0: off
   eta: float = 0.  # step size in the curvature form; 0: the learning rate
 

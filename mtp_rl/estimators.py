@@ -32,10 +32,10 @@ class Evidence(NamedTuple):
     parts: list of pairs like `gradients`, one for each of the disjoint parts
       of the minibatch; their sum is `gradients`.
     hessian: [H g_1 .. H g_K] over theta, H the Hessian of J.
+    fisher: `occ.Products` of the gradients with F between them, see
+      `occ.trust_region_coefficient`.
     precondition: function g -> P g, P the optimiser's preconditioner, known
       up to its scale.
-    ahead: function lambda [K] -> J of held-out rollouts after the update with
-      that lambda.
     eta: float32 [], step size.
     smoothness: float32 [], tracked average of L eta.
   """
@@ -44,8 +44,8 @@ class Evidence(NamedTuple):
   gradients: tuple | None = None
   parts: list | None = None
   hessian: list | None = None
+  fisher: occ.Products | None = None
   precondition: Callable | None = None
-  ahead: Callable | None = None
   eta: Any = 0.
   smoothness: Any = None
 
@@ -106,14 +106,40 @@ def preconditioned(evidence, config: config_lib.OCC):
                   occ.gradient_products(g_rl, g, dot))
 
 
-def cross_fitted(evidence, config: config_lib.OCC):
-  """c across disjoint samples, penalty of the actual step, tracked L eta."""
-  dot, smoothness = _dot(config), evidence.smoothness
+def _crossed(evidence, dot):
+  """Return `occ.Products` of the minibatch, c_cross [K], and their metrics."""
   products = occ.gradient_products(*evidence.gradients, dot)
   cross = occ.cross_products(evidence.parts, products.c, dot)
-  lam = occ.cross_fitted_coefficient(cross, products, smoothness, config)
-  return Estimate(lam, products,
-                  {'c_cross': jnp.sum(cross), 'smoothness': smoothness})
+  return products, cross, {'c_cross': jnp.sum(cross),
+                           'smoothness': evidence.smoothness}
+
+
+def cross_fitted(evidence, config: config_lib.OCC):
+  """c across disjoint samples, penalty of the actual step, tracked L eta."""
+  products, cross, info = _crossed(evidence, _dot(config))
+  lam = occ.cross_fitted_coefficient(cross, products, evidence.smoothness,
+                                     config)
+  return Estimate(lam, products, info)
+
+
+def affordable(evidence, config: config_lib.OCC):
+  """The largest lambda whose predicted loss of J stays within occ.budget."""
+  products, cross, info = _crossed(evidence, _dot(config))
+  rl_cross = occ.cross_products([(rl, [rl]) for rl, _ in evidence.parts],
+                                products.rl[None], _dot(config))[0]
+  lam = occ.affordable_coefficient(cross, rl_cross, products,
+                                   evidence.smoothness, config)
+  return Estimate(lam, products, info | {'rl_cross': rl_cross})
+
+
+def trust_region(evidence, config: config_lib.OCC):
+  """c across disjoint samples, penalty by the KL that the step moves."""
+  products, cross, info = _crossed(evidence, tree.dot)
+  lam = occ.trust_region_coefficient(cross, evidence.fisher, products,
+                                     evidence.smoothness, config)
+  return Estimate(lam, products, info | {
+      'rl_f_mtp': jnp.sum(evidence.fisher.c),
+      'mtp_f_mtp': jnp.trace(evidence.fisher.gram)})
 
 
 def curvature(evidence, config: config_lib.OCC):
@@ -128,27 +154,6 @@ def curvature(evidence, config: config_lib.OCC):
   info = {'rl_h_mtp': jnp.sum(rl_h_mtp), 'mtp_h_mtp': jnp.trace(mtp_h_mtp),
           'concave': usable.astype(jnp.float32)}
   return Estimate(lam, products, info)
-
-
-def oracle(evidence, config: config_lib.OCC, points=21, sweeps=40):
-  """The lambda with the highest J on held-out rollouts, by line search.
-
-  The search tries `points` lambdas between the bounds and takes the vertex of
-  the parabola through the best one and its neighbours. For K > 1 it searches
-  one coordinate after another, `sweeps` times over. For diagnosis only: it
-  needs rollouts that the update does not see, and finite bounds.
-  """
-  products = occ.gradient_products(*evidence.gradients, _dot(config))
-  k = products.c.shape[0]
-  grid = jnp.linspace(config.lambda_min, config.lambda_max, points)
-
-  def search(n, lam):
-    at = lambda x: evidence.ahead(lam.at[n % k].set(x))
-    return lam.at[n % k].set(occ.vertex(grid, jax.lax.map(at, grid)))
-
-  rounds = k * sweeps if k > 1 else 1
-  lam = jax.lax.fori_loop(0, rounds, search, jnp.zeros((k,), grid.dtype))
-  return Estimate(lam, products)
 
 
 class Estimator(NamedTuple):
@@ -173,14 +178,14 @@ class Estimator(NamedTuple):
     """Whether a minibatch passes in occ.disjoint_parts parts for it."""
     return bool({'gradients', 'hessian'} & set(self.reads))
 
-  def __call__(self, evidence, config: config_lib.OCC, **kw):
+  def __call__(self, evidence, config: config_lib.OCC):
     """Check the shapes of the evidence and return the `Estimate`."""
     d_rl, d_mtp = evidence.deltas
     chex.assert_rank([d_rl, d_mtp], [2, 3])
     chex.assert_equal_shape_prefix([d_rl, d_mtp], 2)
     for _, g in filter(None, (evidence.readout, evidence.gradients)):
       assert len(g) == d_mtp.shape[-1], (len(g), d_mtp.shape)
-    estimate = self.rule(evidence, config, **kw)
+    estimate = self.rule(evidence, config)
     chex.assert_shape(estimate.lam, d_mtp.shape[-1:])
     return estimate
 
@@ -193,7 +198,8 @@ ESTIMATORS = {
     'preconditioned': Estimator(preconditioned, ('gradients', 'precondition')),
     'cross_fitted': Estimator(cross_fitted, ('gradients', 'parts',
                                              'smoothness')),
+    'affordable': Estimator(affordable, ('gradients', 'parts', 'smoothness')),
+    'trust_region': Estimator(trust_region, ('gradients', 'parts',
+                                             'smoothness', 'fisher')),
     'curvature': Estimator(curvature, ('hessian',)),
-    'oracle': Estimator(oracle, ('gradients', 'ahead')),
 }
-TRAINABLE = tuple(n for n in ESTIMATORS if n != 'oracle')

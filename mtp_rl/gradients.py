@@ -9,15 +9,13 @@ The objectives see the log-probs of the whole minibatch, so lambda and every
 denominator are the same for any number of microbatches or devices.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mtp_rl import config as config_lib
-from mtp_rl import estimators, forward, occ, sharding, tree, types
-from mtp_rl.models import attention
+from mtp_rl import curvature, estimators, forward, occ, sharding, tree, types
 from mtp_rl.objectives import logprobs, policy
 from mtp_rl.objectives import mtp as mtp_loss
 
@@ -173,49 +171,6 @@ def objective(params, batch, config: config_lib.Config):
                          config.rollout.max_response)[0]
 
 
-def directional(work, direction):
-  """Return g_RL and H direction, H being the Hessian of J over theta.
-
-  Each part takes one jvp of grad J. J is a sum over rows (denominators come
-  from the mask), so a part's share of both is that of J with the log-probs of
-  all other rows held constant.
-
-  Args:
-    work: `Minibatch`.
-    direction: a tree like theta.
-  """
-  theta = tree.theta(tree.trained(work.params))
-  n, group = len(work.parts), work.config.rl.group
-  config = dataclasses.replace(
-      work.config, model=attention.without_kernels(work.config.model))
-  use_entropy = bool(config.rl.entropy_coef)
-
-  def put(whole, i, part):
-    if n == 1:
-      return part
-    y = whole.reshape(-1, n, group, *whole.shape[1:])
-    part = part.reshape(y.shape[0], *y.shape[2:])
-    return y.at[:, i].set(part).reshape(whole.shape)
-
-  def add(total, part):
-    def value(theta):
-      i, rows = part
-      out = forward.score(tree.merge(work.params, theta), rows,
-                          with_mtp=False, config=config, entropy=use_entropy)
-      entropy = put(work.entropy, i, out.entropy) if use_entropy else 0.
-      return -policy.rl_loss(put(work.main, i, out.main), entropy, work.batch,
-                             config.rl, config.rollout.max_response)[0], None
-    _, g, _, product = occ.directional(value, theta, direction)
-    return tree.add(total, (g, product)), None
-
-  rows = jax.tree.map(
-      lambda *x: sharding.constrain_batch(jnp.stack(x), axis=1),
-      *_parts(work.batch.rows, n, group))
-  zero = jax.tree.map(jnp.zeros_like, (theta, theta))
-  total, _ = jax.lax.scan(add, zero, (jnp.arange(n), rows))
-  return total
-
-
 def evidence(work, each, reads, **known):
   """Return the `estimators.Evidence` of a minibatch.
 
@@ -232,13 +187,18 @@ def evidence(work, each, reads, **known):
   if {'gradients', 'hessian'} & set(reads):
     by_module = [pull_trunk(work, p.boundaries) for p in each]
     g = [tree.total(parts) for parts in by_module]
-  if 'hessian' in reads:  # `directional` also returns g_RL
-    seen = [directional(work, x) for x in g]
+    stacked = jax.tree.map(
+        lambda *x: sharding.constrain_batch(jnp.stack(x), axis=1),
+        *_parts(work.batch.rows, len(work.parts), work.config.rl.group))
+  if 'hessian' in reads:  # `curvature.hessian` also returns g_RL
+    seen = [curvature.hessian(work, stacked, x) for x in g]
     out |= {'gradients': (seen[-1][0], g), 'hessian': [hg for _, hg in seen]}
   if 'gradients' in reads:
     parts = list(zip(pull_trunk(work, work.rl), map(list, zip(*by_module))))
     out |= {'gradients': (tree.total([rl for rl, _ in parts]), g),
             'parts': parts}
+  if 'fisher' in reads:
+    out['fisher'] = curvature.fisher(work, stacked, *out['gradients'])
   return estimators.Evidence(work.deltas, **out, **known)
 
 

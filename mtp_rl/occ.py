@@ -125,6 +125,55 @@ def cross_fitted_coefficient(cross, products, smoothness,
   return solve(products.gram, cross / smoothness - products.c, config)
 
 
+def affordable_coefficient(cross, rl_cross, products, smoothness,
+                           config: config_lib.OCC):
+  """Return the largest lambda that J can afford, the same for all modules, [K].
+
+  For the sum of the modules, g = sum_k g_k, it solves -Delta = occ.budget G:
+  the predicted loss of J (`decomposition_cross`) is a share of what the RL
+  step itself is predicted to gain. Over eta, with s = L eta:
+
+      Delta = lambda b - s v^2 lambda^2 / 2,    b = c_cross - s c_same
+      G     = max(0, ||E g_RL||^2 - s ||g_RL||^2 / 2)
+      lambda = (b + sqrt(b^2 + 2 s v^2 occ.budget G)) / (s v^2)  >= 0
+
+  With budget 0 it is 2 lambda* where lambda* > 0 (Delta = 0), and 0 elsewhere.
+
+  Args:
+    cross: [K], <g_RL, g_k> across disjoint samples.
+    rl_cross: ||E g_RL||^2, estimated likewise.
+    products, smoothness, config: see `cross_fitted_coefficient`.
+  """
+  penalty = smoothness * (jnp.sum(products.gram) + config.eps)
+  slope = jnp.sum(cross - smoothness * products.c)
+  gain = jnp.maximum(rl_cross - smoothness * products.rl / 2, 0.)
+  root = jnp.sqrt(slope ** 2 + 2 * penalty * config.budget * gain)
+  return jnp.full_like(cross, (slope + root) / penalty)
+
+
+def trust_region_coefficient(cross, fisher, products, smoothness,
+                             config: config_lib.OCC):
+  """Return the lambda of most gain for the KL that it moves the policy, [K].
+
+  F = E[grad log pi grad log pi']: the step eta d moves the policy by a KL of
+  eta^2 d'Fd / 2 a token. With d = g_RL + G lambda,
+
+      Delta = eta lambda c_cross
+              - beta eta^2 (lambda g_RL'F g + lambda^2 / 2 g'F g)
+
+  and beta such that the RL step alone costs what it costs in the bound:
+  beta g_RL'F g_RL = L ||g_RL||^2. F = 1 gives `cross_fitted_coefficient`.
+
+  Args:
+    fisher: `Products` with one factor F: c is [<g_RL, F g_k>], and so on; its
+      scale cancels.
+    The others: see `cross_fitted_coefficient`.
+  """
+  scale = products.rl / jnp.maximum(fisher.rl, 1e-30)
+  return solve(scale * fisher.gram, cross / smoothness - scale * fisher.c,
+               config)
+
+
 def cross_products(parts, c, dot):
   """Return c_cross [K] of n >= 2 disjoint samples: a U-statistic.
 
@@ -274,25 +323,6 @@ def curvature_coefficient(products, rl_h_mtp, mtp_h_mtp, eta, fallback):
     solution = jnp.linalg.solve(safe, gain)
   usable &= jnp.all(jnp.isfinite(solution))
   return jnp.where(usable, solution, fallback), usable
-
-
-def vertex(grid, values):
-  """Return where a function sampled on a grid is largest, float [].
-
-  This is the vertex of the parabola through the best point and its two
-  neighbours (at an end: the three outermost points), clipped to the grid.
-
-  Args:
-    grid: [n], evenly spaced, ascending, n >= 3.
-    values: [n].
-  """
-  step = grid[1] - grid[0]
-  i = jnp.clip(jnp.argmax(values), 1, grid.shape[0] - 2)
-  low, middle, high = values[i - 1], values[i], values[i + 1]
-  bend = low - 2 * middle + high
-  inner = grid[i] + step * (low - high) / 2 / jnp.where(bend < 0, bend, 1.)
-  best = jnp.where(bend < 0, inner, grid[jnp.argmax(values)])
-  return jnp.clip(best, grid[0], grid[-1])
 
 
 def initial_state(modules, plus=1.):

@@ -105,7 +105,7 @@ class OccState(NamedTuple):
   Attributes:
     average: float32 [K], moving average of lambda, not yet bias-corrected.
     count: int32 [], updates averaged.
-    smoothness: float32 [], moving average of L eta (cross_fitted).
+    smoothness: float32 [], moving average of L eta.
   """
   average: jax.Array
   count: jax.Array

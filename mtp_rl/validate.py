@@ -150,6 +150,8 @@ def _validate_mtp(config: config_lib.Config):
   _need(o.eps > 0, f'occ.eps={o.eps} must be positive')
   _need(o.eta >= 0, f'occ.eta={o.eta} must not be negative; 0 means the '
         'learning rate')
+  _need(0 <= o.budget < float('inf'), f'occ.budget={o.budget} must be a '
+        'finite number of at least 0')
   _need(m.regime != 'occ_authors' or not o.ema,
         'mtp.regime=occ_authors does not average its lambdas, but occ.ema='
         f'{o.ema}; set occ.ema=0')
@@ -167,10 +169,8 @@ def _validate_mtp(config: config_lib.Config):
         f'mtp.regime={m.regime} measures how far the policy moved since the '
         'rollout, but with rl.minibatches=1 it has not moved and lambda would '
         'always be 0; set rl.minibatches >= 2 or occ.estimator=exact')
-  _need(o.estimator != 'oracle',
-        'occ.estimator=oracle searches on held-out rollouts, for diagnosis '
-        'only (experiments.diagnose); set another estimator')
-  _need(o.scope == 'all' or 'gradients' in reads,
+  _need(o.scope == 'all' or (
+      'gradients' in reads and 'fisher' not in reads),
         f'occ.scope={o.scope} is read by estimators that read the gradients '
         f'themselves, but occ.estimator={o.estimator}; set occ.scope=all')
   _need(m.kind == 'sequential' or not m.detach_embedding,

@@ -13,7 +13,7 @@ from tests import conftest
 V, ROWS, R, S = 13, 16, 6, 6
 # 'occ' is its default estimator, logprob.
 REGIMES = (*regimes.REGIMES,
-           *(n for n in estimators.TRAINABLE if n != 'logprob'))
+           *(n for n in estimators.ESTIMATORS if n != 'logprob'))
 
 
 def config(regime='occ', **sections):
@@ -25,7 +25,7 @@ def config(regime='occ', **sections):
   extra = sections.pop('occ', {})
   if regime in estimators.ESTIMATORS:
     mtp['regime'] = 'occ'
-    parts = 2 if regime == 'cross_fitted' else 1
+    parts = 1 + ('parts' in estimators.ESTIMATORS[regime].reads)
     extra = dict(estimator=regime, eta=.1, disjoint_parts=parts) | extra
   model = dict(vocab_size=V) | sections.pop('model', {})
   return conftest.tiny_config(mtp=mtp, occ=extra, model=model, **sections)

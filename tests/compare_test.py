@@ -46,6 +46,22 @@ def test_pairs_are_of_one_seed_and_others_are_left_out():
   assert intervals.paired({0: 1.}, {1: 1.}) is None
 
 
+def test_holm_by_hand():
+  # n = 2: t has one degree of freedom, p = 1 - 2 / pi atan(t).
+  pair = lambda mean, gap: intervals.interval([mean - gap, mean + gap])
+  assert intervals.p_value(pair(1., 1.)) == pytest.approx(.5)
+  assert intervals.p_value(pair(1., math.tan(math.pi * .005))) == pytest.approx(
+      .01)
+  found = {name: pair(1., math.tan(math.pi * p / 2)) for name, p in (
+      ('a', .01), ('b', .03), ('c', .02), ('d', .6))}
+  # .01 <= .05 / 4 stands; .02 > .05 / 3 does not, nor does what follows.
+  assert intervals.holm(found) == {'a'}
+  assert intervals.holm(found, .08) == {'a', 'b', 'c'}
+  alike = {0: intervals.interval([0., 0.]), 1: intervals.interval([.1, .1]),
+           2: intervals.interval([3.])}
+  assert intervals.holm(alike) == {1}
+
+
 def test_values_of_a_run():
   rows = [{'step': 0, 'val/a/greedy': .1, 'val/a/avg@4': .1},
           {'step': 1, 'reward/mean': .2, 'occ/lambda': .5,
@@ -54,10 +70,10 @@ def test_values_of_a_run():
            'timing_s/update': 1.},
           {'step': 3, 'reward/mean': .6, 'occ/lambda': .1, 'val/a/greedy': .8,
            'val/b/greedy': .6, 'val/a/avg@4': .5, 'mtp_1/accept_top1': .9,
-           'timing_s/update': 2.}]
+           'mtp_1/accept_expected': .7, 'timing_s/update': 2.}]
   assert summary.run_values(rows) == pytest.approx({
-      'greedy': .7, 'avg': .5, 'reward': .4, 'acceptance': .9, 'lambda': .3,
-      'update_s': 2.})
+      'greedy': .7, 'avg': .5, 'reward': .4, 'acceptance': .9,
+      'accept_expected': .7, 'lambda': .3, 'update_s': 2.})
   assert summary.run_values([]) == {}
 
 
@@ -68,7 +84,8 @@ def test_every_variant_of_a_preset_can_run_and_differs(preset):
   assert grid.check(base, variants + variants) == variants
   assert len({repr(v.config) for v in variants}) == len(variants)
   assert base == conftest.tiny_config()
-  assert len({v.group for v in variants}) == 2 * len(grid.OBJECTIVES[preset])
+  assert len({v.group for v in variants}) == len(grid.OBJECTIVES[preset]) * (
+      1 if preset == 'pareto' else 2)
   for v in variants:
     joint = v.group.endswith('paper')
     assert v.config.optim.clip_mode == ('joint' if joint else 'separate')
@@ -88,7 +105,7 @@ def test_presets_hold_what_they_promise():
   assert [f'policy-{x}' for x in ('0.1', '0.2', '0.5', '1')] == labels(
       'table2')[2:6]
   assert labels('trace', estimators=['curvature'])[2:] == ['occ-curvature']
-  assert len(labels('trace')) == 2 + len(estimators.TRAINABLE)
+  assert len(labels('trace')) == 2 + len(estimators.ESTIMATORS)
   with pytest.raises(config_lib.ConfigError, match='table3'):
     labels('table3')
   with pytest.raises(config_lib.ConfigError, match='magic'):

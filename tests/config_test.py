@@ -50,7 +50,7 @@ from tests import conftest
     (dict(rl=dict(minibatches=1)), 'rl.minibatches=1'),
     (dict(rl=dict(minibatches=1), occ=dict(estimator='authors')),
      'rl.minibatches=1'),
-    (dict(occ=dict(estimator='oracle')), 'experiments.diagnose'),
+    (dict(occ=dict(budget=-.1)), 'occ.budget=-0.1'),
     (dict(occ=dict(estimator='readout', scope='trunk')), 'occ.scope=trunk'),
     (dict(occ=dict(estimator='cross_fitted', disjoint_parts=3)),
      'occ.disjoint_parts=3'),

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import config_io, estimators, occ, trainer, types
-from mtp_rl.diagnose import measure, study, summary
+from mtp_rl import config_io, occ, trainer, types
+from mtp_rl.diagnose import measure, oracle, study, summary
 from mtp_rl.report import intervals
 from mtp_rl.rollout import experience
 from mtp_rl.run import metrics
@@ -82,8 +82,8 @@ def _noisy_measures(draws, noise, n=4, size=40):
     return measure._alignment(parts, whole[0], [whole[1]], 'trunk')
 
   found = jax.jit(jax.vmap(one))(rng.normal(size=(draws, n, size)))
-  zero = {e: np.zeros(1) for e in estimators.ESTIMATORS}
-  flat = {e: np.float32(0) for e in estimators.ESTIMATORS}
+  zero = {e: np.zeros(1) for e in measure.NAMES}
+  flat = {e: np.float32(0) for e in measure.NAMES}
   peak = -(grid - .4) ** 2
   return [measure.Measures(
       1., .1, .5, .5, 0., dict.fromkeys(measure.SCOPES, jax.tree.map(
@@ -126,7 +126,7 @@ def test_the_bootstrap_covers_the_maximum():
 
 def best_of(curve, grid):
   """Return the vertex of one curve."""
-  return float(occ.vertex(jnp.asarray(grid), jnp.asarray(curve)))
+  return float(oracle.vertex(jnp.asarray(grid), jnp.asarray(curve)))
 
 
 @pytest.fixture(scope='module', name='run')
@@ -156,7 +156,7 @@ def test_a_run_is_diagnosed_end_to_end(run):
   for c in found['checkpoints']:
     assert c['rollouts'] == 2 and c['silent'] == 0
     each = c['estimators']
-    assert list(each) == list(estimators.ESTIMATORS)
+    assert list(each) == list(measure.NAMES)
     assert all(len(e['modules']) == 2 and abs(e['lam']['mean']) <= 2
                for e in each.values())
     assert each['logprob']['lam']['mean'] != 0  # the policy has moved
@@ -247,3 +247,23 @@ def test_a_workdir_that_keeps_fewer_says_so():
   assert study._note(run, [0, 50, 100]) == []
   note, = study._note(run, [50, 100])
   assert '[50, 100] of 3' in note and '--config.run.keep=3' in note
+
+
+def test_vertex_of_a_sampled_parabola():
+  grid = np.linspace(-1., 1., 9)
+  for best in (.1234, -.9, .999):
+    np.testing.assert_allclose(oracle.vertex(grid, -(grid - best) ** 2), best,
+                               atol=1e-6)
+  assert oracle.vertex(grid, grid) == 1 and oracle.vertex(grid, -grid) == -1
+
+
+@pytest.mark.parametrize('modules', [1, 3])
+def test_the_line_search_finds_the_best_lambda(modules):
+  rng = np.random.default_rng(0)
+  best, a = rng.uniform(-.8, .8, modules), rng.normal(size=(modules, modules))
+  bend = a @ a.T + np.eye(modules)
+  ahead = lambda lam: -(lam - best) @ bend @ (lam - best)
+  config = config_lib.OCC(lambda_min=-1., lambda_max=1.)
+  with jax.enable_x64(True):
+    np.testing.assert_allclose(oracle.line_search(ahead, modules, config), best,
+                               atol=1e-5)

@@ -19,6 +19,8 @@ N, READOUT, ETA = 12, 5, .05
 L = 4.
 PLUS = (1 - L * ETA) / (L * ETA)
 GRADIENT = ('exact', 'preconditioned', 'cross_fitted')
+BUDGET = .3
+FISHER = np.diag(np.linspace(.2, 3., N))
 
 
 def _tree(x):
@@ -53,15 +55,15 @@ def _evidence(b, h, g, scale=None):
       gradients=(along[-1][1], trees[1]),
       parts=[jax.tree.map(lambda x: x / 2, trees)] * 2,
       hessian=[product for _, _, _, product in along],
+      fisher=occ.Products(b @ FISHER @ g, g.T @ FISHER @ g, b @ FISHER @ b),
       precondition=lambda t: _tree(_vector(t) * (
           1. if scale is None else scale)),
-      ahead=lambda lam: value(_tree(ETA * (b + g @ lam)))[0],
       eta=ETA, smoothness=L * ETA)
 
 
 def _config(**changes):
   return config_lib.OCC(lambda_plus=PLUS, eps=1e-12, lambda_min=-30.,
-                        lambda_max=30., **changes)
+                        lambda_max=30., budget=BUDGET, **changes)
 
 
 def _maximum(b, g, quadratic):
@@ -76,8 +78,16 @@ def _analytic(name, b, h, g, scale):
     return PLUS / g.shape[1] * np.mean(b[:, None] / g, axis=0)
   if name == 'readout':
     b, g = b[:READOUT], g[:READOUT]
-  if name in ('curvature', 'oracle'):
+  if name == 'curvature':
     return _maximum(b, g, -h)
+  if name == 'trust_region':
+    return _maximum(b, g, L * (b @ b) / (b @ FISHER @ b) * FISHER)
+  if name == 'affordable':  # where the L-bound has lost the budget
+    bound = np.polynomial.Polynomial.fit(
+        [0, 1, 2], [ETA * b @ d - L * ETA ** 2 / 2 * d @ d
+                    for d in (b + lam * g.sum(1) for lam in (0, 1, 2))], 2)
+    left = bound - (1 - BUDGET) * bound(0)
+    return np.full(g.shape[1], left.roots().max())
   if name == 'preconditioned':  # the L-bound of a step along P(b + g lam)
     scale = scale * (b @ (scale * b)) / np.sum((scale * b) ** 2)
     p = scale[:, None] * g
@@ -98,7 +108,31 @@ def test_the_analytic_lambda_of_a_quadratic(name, modules, sign):
     expected = _analytic(name, b, h, g, scale)
     assert estimate.lam.shape == (modules,)
     np.testing.assert_allclose(estimate.lam, expected, rtol=1e-5, atol=1e-5)
-    assert name == 'authors' or modules > 1 or np.sign(expected[0]) == sign
+    assert (name in ('authors', 'affordable') or modules > 1
+            or np.sign(expected[0]) == sign)
+
+
+@pytest.mark.parametrize('sign', [1., -1.])
+def test_with_no_budget_lambda_is_where_the_bound_breaks_even(sign):
+  b, h, g = _problem(1, sign)
+  config = dataclasses.replace(_config(), budget=0.)
+  lam = estimators.affordable(_evidence(b, h, g), config).lam
+  best = estimators.cross_fitted(_evidence(b, h, g), config).lam
+  np.testing.assert_allclose(lam, np.maximum(2 * best, 0), rtol=1e-4,
+                             atol=1e-6)
+
+
+def test_an_rl_step_without_gain_can_afford_nothing():
+  b, h, g = _problem(1, -1.)
+  seen = _evidence(b, h, g)
+  half = jax.tree.map(lambda x: x / 2, seen.gradients)
+  # One part's g_RL is -3 times the other's: their product is negative.
+  parts = [jax.tree.map(lambda x, s=s: s * x, half) for s in (-1., 3.)]
+  estimate = estimators.affordable(seen._replace(parts=parts), _config())
+  assert estimate.info['rl_cross'] < 0 and estimate.info['c_cross'] > 0
+  slope = estimate.info['c_cross'] - L * ETA * (b @ g[:, 0])
+  np.testing.assert_allclose(
+      estimate.lam, 2 * slope / (L * ETA * np.sum(g ** 2)), rtol=1e-4)
 
 
 @pytest.mark.parametrize('name', GRADIENT)
@@ -200,11 +234,3 @@ def test_guard_bounds_the_perturbation():
   np.testing.assert_allclose(occ.guard(lam, products, .5),
                              .5 / np.sqrt(11) * np.asarray(lam), rtol=1e-6)
   np.testing.assert_array_equal(occ.guard(0 * lam, products, .5), [0, 0])
-
-
-def test_vertex_of_a_sampled_parabola():
-  grid = np.linspace(-1., 1., 9)
-  for best in (.1234, -.9, .999):
-    np.testing.assert_allclose(occ.vertex(grid, -(grid - best) ** 2), best,
-                               atol=1e-6)
-  assert occ.vertex(grid, grid) == 1 and occ.vertex(grid, -grid) == -1

@@ -245,6 +245,34 @@ def test_cross_fitting_pairs_disjoint_prompts():
                              rtol=1e-3)
 
 
+def test_fisher_products_are_those_of_the_explicit_matrix():
+  config = batches.config('trust_region', mtp=dict(modules=2))
+  metrics = _gradients(config, 2)[2]
+  g_rl, g = _plain()
+  batch, params = batches.batch(2), batches.params(2)
+
+  def logp(theta):
+    out = forward.score({**theta, **tree.psi(params)}, batch.rows,
+                        config=config, with_mtp=False)
+    return jnp.where(batch.mask, out.main, 0.).ravel()
+
+  @jax.jit
+  def each_token(theta):  # lax.map: XLA on CPU miscompiles jax.jacrev here
+    back = jax.vjp(logp, theta)[1]
+    return jax.lax.map(lambda w: back(w)[0], jnp.eye(batch.mask.size))
+
+  jac = each_token(tree.theta(params))
+  rows = np.concatenate([np.asarray(x).reshape(batch.mask.size, -1)
+                         for x in jax.tree.leaves(jac)], axis=1)
+  fisher = rows.T @ rows / batch.mask.sum()
+  rl, *each = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)])
+               for t in (g_rl, *g))
+  np.testing.assert_allclose(metrics['occ/trust_region/rl_f_mtp'],
+                             sum(rl @ fisher @ x for x in each), rtol=1e-3)
+  np.testing.assert_allclose(metrics['occ/trust_region/mtp_f_mtp'],
+                             sum(x @ fisher @ x for x in each), rtol=1e-3)
+
+
 def test_hessian_vector_product_is_the_central_difference():
   # Without clips: a difference across a kink measures the jump, not H.
   config = batches.config('curvature', occ=dict(disjoint_parts=2),

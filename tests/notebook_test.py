@@ -19,7 +19,7 @@ CHECKS = {
     'occ_lab': '''
 for sign, (star, best) in zip((1, -1), quadratic.values(), strict=True):
   assert np.sign(star) == sign and abs(star - best) < .01, (star, best)
-assert set(lambdas) == set(estimators.ESTIMATORS)
+assert set(lambdas) == {*estimators.ESTIMATORS, 'oracle'}
 assert np.all(np.isfinite(list(lambdas.values())))
 # The noise shared by both gradients of a minibatch is seen in c_same alone.
 assert c_same.mean() - c_cross.mean() > 2 * error(c_same - c_cross)

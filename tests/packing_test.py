@@ -228,8 +228,7 @@ def test_curvature_of_packed_rows():
   def run(batch):
     work = gradients.score(batches.params(1), batch, config)
     unit, = gradients.pull_each(work, 'policy')
-    return gradients.directional(work, gradients.pull_trunk(
-        work, unit.boundaries)[0])
+    return gradients.evidence(work, [unit], ('hessian',)).hessian
   batch = batches.batch(1)
   batches.assert_close(run(packing.pack(batch)), run(batch), rtol=1e-4,
                        atol=1e-5)

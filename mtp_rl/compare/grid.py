@@ -6,10 +6,13 @@ the group's `rl_only` and `detach`. Presets:
     table1  the regimes of the paper's main table, DAPO and GSPO
     table2  regime policy with fixed lambdas against OCC, DAPO
     trace   OCC with each estimator of lambda, DAPO
+    pareto  what acceptance of drafts costs in reward: each loss of theta at
+            fixed lambdas and at the lambda that J can afford, DAPO
 
-Every preset runs under two readings of clipping (`CLIPS`): 'paper' is
-L_RL + lambda L_MTP under one joint clip, lambda unbounded, dual clip 10;
-'separate' clips theta and psi apart, psi has its own loss, dual clip 3.
+Every preset but pareto, which has 'separate' alone, runs under two readings of
+clipping (`CLIPS`): 'paper' is L_RL + lambda L_MTP under one joint clip, lambda
+unbounded, dual clip 10; 'separate' clips theta and psi apart, psi has its own
+loss, dual clip 3.
 """
 
 import copy
@@ -20,15 +23,18 @@ from mtp_rl import config as config_lib
 from mtp_rl import config_io, validate
 from mtp_rl import estimators as estimators_lib
 
-PRESETS = ('table1', 'table2', 'trace')
+PRESETS = ('table1', 'table2', 'trace', 'pareto')
 CLIPS = ('paper', 'separate')
 OBJECTIVES = {'table1': ('dapo', 'gspo'), 'table2': ('dapo',),
-              'trace': ('dapo',)}
+              'trace': ('dapo',), 'pareto': ('dapo',)}
 FIXED = (.1, .2, .5, 1.)  # the paper's fixed lambdas (table2)
 # The paper does not give the lambda of its CE column. E[c] = 0 there, so only
 # the penalty lambda^2 v^2 is left; with .1 it would be lost in the variation
 # between seeds, so we take 1.
 CE_COEF, POLICY_COEF = 1., .1
+# Of pareto, by theta's loss.
+PARETO = {'ce': (.03, .1, .3), 'kl': (.1, .3, 1.), 'tv': (.1, .3, 1.),
+          'policy': (.1, .3)}
 # Names of a comparison's own folders, which no variant may take.
 RESERVED = ('warmup', 'configs', 'cache', 'figures')
 # What all variants share, because the warm-up is trained with it.
@@ -72,6 +78,14 @@ def _columns(preset, estimators, coef):
                 fixed('policy', POLICY_COEF if coef is None else coef)]
   elif preset == 'table2':
     columns += [fixed('policy', value) for value in FIXED]
+  elif preset == 'pareto':
+    return columns + [
+        (f'{loss}-{value:g}', {'mtp.regime': 'fixed', 'mtp.theta_loss': loss,
+                               'mtp.coef': value})
+        for loss, values in PARETO.items() for value in values] + [
+            (f'{loss}-{e}', {'mtp.regime': 'occ', 'mtp.theta_loss': loss,
+                             'occ.estimator': e})
+            for e in estimators for loss in PARETO]
   columns = [(n, o | {'occ.estimator': 'logprob'}) for n, o in columns]
   return columns + [(f'occ-{e}', {'mtp.regime': 'occ', 'occ.estimator': e})
                     for e in estimators]
@@ -85,7 +99,8 @@ def preset_variants(base: config_lib.Config, preset, clips=CLIPS,
     base: `config.Config`, not changed.
     preset: one of `PRESETS`.
     clips: some of `CLIPS`.
-    estimators: of OCC; None takes logprob, and every one for 'trace'.
+    estimators: of OCC; None takes logprob, every one for 'trace', and
+      affordable for 'pareto'.
     coef: lambda of regimes ce and policy in table1; None takes `CE_COEF` and
       `POLICY_COEF`.
     objectives: presets of config.py; None takes `OBJECTIVES`.
@@ -93,14 +108,17 @@ def preset_variants(base: config_lib.Config, preset, clips=CLIPS,
   Raises:
     config.ConfigError: a name is unknown.
   """
-  if estimators is None:
-    estimators = estimators_lib.TRAINABLE if preset == 'trace' else ('logprob',)
+  if estimators is None and preset == 'pareto':
+    estimators = ('affordable',)
+  elif estimators is None:
+    estimators = (tuple(estimators_lib.ESTIMATORS) if preset == 'trace'
+                  else ('logprob',))
   _known('preset', [preset], PRESETS)
   _known('clips', clips, CLIPS)
-  _known('estimators', estimators, estimators_lib.TRAINABLE)
+  _known('estimators', estimators, estimators_lib.ESTIMATORS)
   out = []
   for objective in objectives or OBJECTIVES[preset]:
-    for kind in clips:
+    for kind in CLIPS[1:] if preset == 'pareto' else clips:
       group = f'{objective}-{kind}'
       for label, overrides in _columns(preset, estimators, coef):
         config = config_lib.preset(copy.deepcopy(base), objective)

@@ -16,12 +16,15 @@ METRICS = {
     'avg': 'held-out avg@k',
     'reward': 'reward, mean of all steps',
     'acceptance': 'MTP acceptance',
+    'accept_expected': 'drafts accepted',
     'accept_length': 'drafts accepted in a row',
+    'entropy': 'entropy',
     'lambda': 'mean lambda',
     'update_s': 's of updates a step',
 }
 # Metrics whose paired differences the tables show; comparison.json has all.
-SHOWN = ('greedy', 'avg', 'reward', 'acceptance')
+SHOWN = ('greedy', 'avg', 'reward', 'accept_expected')
+LEVEL = .05  # of Holm's correction within a table
 BASELINES = ('detach', 'rl_only')
 
 
@@ -42,12 +45,17 @@ def run_values(rows):
   last = rows[-1] if rows else {}
   rewards, lambdas, seconds = map(column, ('reward/mean', 'occ/lambda',
                                            'timing_s/update'))
+  # One step's rollouts are few: the last tenth of the steps.
+  late = lambda name: column(name)[-max(len(steps) // 10, 1):]
+  ends = {k: late(name) for k, name in (
+      ('accept_expected', 'mtp_1/accept_expected'),
+      ('accept_length', 'mtp/accept_length'), ('entropy', 'actor/entropy'))}
   out = {
       'greedy': _mean_at_end(last, 'greedy'),
       'avg': _mean_at_end(last, 'avg@'),
       'reward': statistics.fmean(rewards) if rewards else None,
       'acceptance': last.get('mtp_1/accept_top1'),
-      'accept_length': last.get('mtp/accept_length'),
+      **{k: statistics.fmean(x) if x else None for k, x in ends.items()},
       'lambda': statistics.fmean(lambdas) if lambdas else None,
       'update_s': statistics.median(seconds) if seconds else None,
   }
@@ -121,7 +129,8 @@ def _number(x, name, signed=False):
   return text.replace('-', '−')  # noqa: RUF001
 
 
-def _difference(x, name):
+def _difference(x, name, stands):
+  """Return the text of a paired difference; `stands`: also by Holm."""
   if x is None:
     return ''
   mean = _number(x.mean, name, signed=True)
@@ -129,6 +138,7 @@ def _difference(x, name):
     return mean
   ends = ', '.join(_number(end, name, signed=True) for end in (x.low, x.high))
   mean = f'**{mean}**' if x.low > 0 or x.high < 0 else mean
+  mean += r'\*' * stands
   return f'{mean} [{ends}]'
 
 
@@ -143,7 +153,8 @@ def markdown(rows, title):
   out = [f'# {title}\n\n'
          'Means over seeds; differences are paired by seed, with 95 % '
          't-intervals, bold where 0 lies outside (by chance that happens to '
-         'one interval in 20).\n\n']
+         'one interval in 20), with a star where that also holds by Holm for '
+         f'all differences of a table together ({LEVEL:.0%}).\n\n']
   for group in dict.fromkeys(r['group'] for r in rows):
     mine = [r for r in rows if r['group'] == group]
     out.append(f'## {group}\n\n')
@@ -155,9 +166,11 @@ def markdown(rows, title):
     for regime in BASELINES:
       held = [(r['label'], r['against'][regime]) for r in mine
               if r['against'].get(regime)]
+      stands = intervals.holm({(label, m): found[m] for label, found in held
+                               for m in SHOWN if m in found}, LEVEL)
       lines = [[label, str(max(x.n for x in found.values())),
-                *[_difference(found.get(m), m) for m in SHOWN]]
-               for label, found in held]
+                *[_difference(found.get(m), m, (label, m) in stands)
+                  for m in SHOWN]] for label, found in held]
       if lines:
         out.append(tables.markdown([f'minus {regime}', 'pairs',
                            *[METRICS[m] for m in SHOWN]], lines) + '\n')

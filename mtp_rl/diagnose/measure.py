@@ -24,7 +24,9 @@ from mtp_rl import (
   train_step,
   tree,
 )
+from mtp_rl.diagnose import oracle
 
+NAMES = (*estimators.ESTIMATORS, 'oracle')
 SCOPES = ('all', 'trunk', 'readout')
 # The learning rate decays here to this share of its peak, not to 0: at the end
 # of a schedule there would be no step to measure.
@@ -174,7 +176,7 @@ def measure(state, first, batch, held_out, *, config: config_lib.Config,
                                               config)
   each = gradients.pull_each(work, config.mtp.theta_loss)
   seen = gradients.evidence(work, each, ('readout', 'gradients', 'parts',
-                                         'hessian'))
+                                         'hessian', 'fisher'))
   g_rl, g = seen.gradients
   eta = _step_size(g_rl, state, transform)
 
@@ -191,10 +193,12 @@ def measure(state, first, batch, held_out, *, config: config_lib.Config,
       predicted, value(after(still), batch) - work.objective, predicted)
   tracked = occ.track_smoothness(state.occ, ratio, decay=0.)
   seen = seen._replace(
-      eta=eta, smoothness=tracked.smoothness, ahead=ahead,
+      eta=eta, smoothness=tracked.smoothness,
       precondition=optim.preconditioner(state.opt_state, config.optim))
-  found = {name: _bounded(_estimate(name, seen, o), o)
-           for name in estimators.ESTIMATORS}
+  found = {name: rule(seen, o).lam
+           for name, rule in estimators.ESTIMATORS.items()}
+  found['oracle'] = oracle.line_search(ahead, modules, o, sweeps=6)
+  found = {name: _bounded(lam, o) for name, lam in found.items()}
 
   curvature = (jnp.stack([tree.dot(g_rl, x) for x in seen.hessian]),
                jnp.stack([jnp.stack([tree.dot(a, x) for x in seen.hessian])
@@ -212,11 +216,6 @@ def measure(state, first, batch, held_out, *, config: config_lib.Config,
       jnp.float32(rate(state.step)), eta, ratio, tracked.smoothness,
       ahead(still) - value(theta, held_out), scopes, found, each('same'),
       each('cross'), each('achieved'), {k: v[:n] for k, v in deltas.items()})
-
-
-def _estimate(name, seen, config: config_lib.OCC):
-  sweeps = {'sweeps': 6} if name == 'oracle' else {}  # enough for a figure
-  return estimators.ESTIMATORS[name](seen, config, **sweeps).lam
 
 
 def _bounded(lam, config: config_lib.OCC):

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_rl import estimators, occ
-from mtp_rl.diagnose import measure
+from mtp_rl.diagnose import measure, oracle
 from mtp_rl.report import intervals, tables
 
 FORMS = ('same', 'cross', 'curvature')
@@ -40,7 +39,7 @@ def best_lambda(grid, curves):
     bootstrap over rollouts, which is too narrow if there are few of them.
   """
   n = len(curves)
-  peak = jax.vmap(occ.vertex, (None, 0))
+  peak = jax.vmap(oracle.vertex, (None, 0))
   picks = np.random.default_rng(0).integers(0, n, (_RESAMPLES, n))
   means = np.concatenate([curves.mean(0)[None], curves[picks].mean(1)])
   first, *rest = np.asarray(peak(jnp.asarray(grid), jnp.asarray(means)))
@@ -95,7 +94,7 @@ def summarise(step, measures, grid):
   out['alignment'] = {s: _alignment(stack.scopes[s]) for s in measure.SCOPES}
   best = out['best'] = best_lambda(grid, stack.curve['achieved'])
   out['estimators'] = {}
-  for name in estimators.ESTIMATORS:
+  for name in measure.NAMES:
     lam = stack.lam[name]
     one = lam.mean(1)
     out['estimators'][name] = {

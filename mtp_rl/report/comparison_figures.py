@@ -7,7 +7,8 @@ from mtp_rl.report import style
 
 _DASHES = {'solid': '-', 'dashed': '--', 'dotted': ':', 'dashdot': '-.'}
 SHOWN = {'greedy': 'held-out greedy', 'avg': 'held-out avg@k',
-         'reward': 'reward, mean of all steps'}
+         'reward': 'reward, mean of all steps',
+         'accept_expected': 'drafts accepted'}
 
 
 def lines(variants):
@@ -184,10 +185,8 @@ def forest(rows, directory, title):
     for axis, (key, name) in zip(panels, SHOWN.items()):
       axis.axvline(0, color=style.GREY, lw=.8, zorder=0)
       for label, regime, found in differences(mine, key):
-        error = (None if found.low is None else
-                 [[found.mean - found.low], [found.high - found.mean]])
         line = style.REGIMES[regime]
-        axis.errorbar(found.mean, places[label, regime], xerr=error,
+        axis.errorbar(found.mean, places[label, regime], xerr=_error(found),
                       fmt=line.marker, ms=4, lw=1.2, color=line.colour,
                       capsize=2)
       axis.set_ylim(-len(places) + .4, .6)
@@ -200,6 +199,47 @@ def forest(rows, directory, title):
       axis.xaxis.set_major_locator(ticker.MaxNLocator(4))
       axis.grid(alpha=.25)
   style.save(figure, directory, 'forest')
+
+
+def _error(found):
+  """Return [[below], [above]] of an interval, or None where it has no ends."""
+  return None if found.low is None else [[found.mean - found.low],
+                                         [found.high - found.mean]]
+
+
+def trade(rows, directory, title):
+  """Draw what drafts gain against what held-out accuracy loses, over Detach.
+
+  Args:
+    rows: list from `compare.summary.compare`.
+    directory: where trade.png goes.
+    title: above the figure.
+  """
+  pairs = [(r, r['against'].get('detach', {})) for r in rows
+           if r['regime'] != 'rl_only']  # its modules are frozen
+  pairs = [(r, x) for r, x in pairs if x.get('avg') and x.get(
+      'accept_expected')]
+  if not pairs:
+    return
+  groups = list(dict.fromkeys(r['group'] for r, _ in pairs))
+  figure, axes = _figure(1, len(groups), title, width=7., height=5.)
+  for axis, group in zip(axes[0], groups):
+    mine = [(r, x) for r, x in pairs if r['group'] == group]
+    styles = style.variants({r['label']: r['regime'] for r, _ in mine})
+    for r, found in mine:
+      x, y, line = found['accept_expected'], found['avg'], styles[r['label']]
+      axis.errorbar(x.mean, y.mean, xerr=_error(x), yerr=_error(y), ms=5,
+                    fmt=line.marker, lw=.8, color=line.colour)
+      axis.annotate(r['label'], (x.mean, y.mean), (4, 4), fontsize=7,
+                    textcoords='offset points')
+    axis.axhline(0, color=style.GREY, lw=.8, zorder=0)
+    axis.axvline(0, color=style.GREY, lw=.8, zorder=0)
+    axis.set_title(f'{group}: right of and not below Detach is a gain',
+                   fontsize=10)
+    axis.set_xlabel('drafts accepted, minus Detach')
+    axis.set_ylabel('held-out avg@k, minus Detach')
+    axis.grid(alpha=.25)
+  style.save(figure, directory, 'trade')
 
 
 def draw_all(variants, runs, rows, directory, title):
@@ -217,3 +257,4 @@ def draw_all(variants, runs, rows, directory, title):
   learning(variants, runs, directory, bands)
   coefficient(variants, runs, directory, bands)
   forest(rows, directory, title + '; paired by seed, 95 % intervals')
+  trade(rows, directory, title + '; paired by seed, 95 % intervals')

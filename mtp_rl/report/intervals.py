@@ -39,6 +39,39 @@ def paired(values, baseline):
                   if s in baseline)
 
 
+def p_value(x):
+  """Return the two-sided p of an `Interval`'s mean being 0 (Student's t)."""
+  if x.low is None:
+    return 1.
+  half = (x.high - x.low) / 2
+  if not half:  # all values are equal
+    return float(x.mean == 0)
+  t = abs(x.mean) / half * stats.t.ppf(.975, x.n - 1)
+  return float(2 * stats.t.sf(t, x.n - 1))
+
+
+def holm(differences, level=.05):
+  """Return which differences are told from 0, all tested together.
+
+  Holm (1979): in ascending order of p the i-th of m stands while
+  p <= level / (m - i + 1).
+
+  Args:
+    differences: dict name -> `Interval`.
+    level: chance of any false one among them.
+
+  Returns:
+    set of names.
+  """
+  ps = sorted((p_value(x), str(n), n) for n, x in differences.items())
+  stands = set()
+  for i, (p, _, name) in enumerate(ps):
+    if p > level / (len(ps) - i):
+      break
+    stands.add(name)
+  return stands
+
+
 def bootstrap(scores, seed=0, draws=2000, level=.95):
   """Return the bootstrap interval (low, high) of a mean over problems.
 
