@@ -5,7 +5,8 @@
 Measured on fresh rollouts at each checkpoint: the alignment of the two
 gradients, of one batch and de-biased; the lambda of every estimator; and the
 change of J that a step with lambda achieves on held-out rollouts, compared with
-what the equations predict. Writes DIR/diagnosis: diagnosis.{md,json},
+what the equations predict. With --lookahead=1,5,20 also what a fixed lambda is
+worth after so many updates. Writes DIR/diagnosis: diagnosis.{md,json},
 rollouts.jsonl and three figures.
 """
 
@@ -22,6 +23,8 @@ _POINTS = flags.DEFINE_integer('points', 17, 'Lambdas on the grid.',
 _PARTS = flags.DEFINE_integer(
     'disjoint_parts', None, 'Parts of a minibatch; '
     'default: occ.disjoint_parts.')
+_AHEAD = flags.DEFINE_list(
+    'lookahead', [], 'Also measure lambda after so many updates, like 1,5,20.')
 _PROGRESS = flags.DEFINE_bool('progress', True, 'Show a bar.')
 
 
@@ -33,13 +36,19 @@ flags.register_validator('steps', _whole_numbers,
                          '--steps takes whole numbers, like 0,50,100')
 
 
+flags.register_validator(
+    'lookahead', lambda texts: all(t.isdigit() and int(t) for t in texts),
+    '--lookahead takes whole numbers from 1, like 1,5,20')
+
+
 def main():
   """Diagnose, and print the tables."""
   from mtp_rl.diagnose import study  # late, so that typos fail fast
   text, directory = study.diagnose(
       launch.WORKDIR.value, _ROLLOUTS.value,
       [int(s) for s in _STEPS.value or ()] or None, _BOUND.value,
-      _POINTS.value, _PARTS.value, _PROGRESS.value)
+      _POINTS.value, _PARTS.value, list(map(int, _AHEAD.value)),
+      _PROGRESS.value)
   print(f'{text}\nsee {directory}')
 
 

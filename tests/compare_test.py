@@ -285,6 +285,23 @@ def test_a_comparison_from_warm_up_to_figures(real, monkeypatch):
 
 
 @pytest.mark.filterwarnings('error')
+def test_the_trade_of_drafts_against_accuracy_is_drawn(tmp_path):
+  base = conftest.tiny_config()
+  variants = grid.preset_variants(base, 'pareto')
+  row = lambda acc, drafts: {'step': 1, 'val/a/avg@4': acc,
+                             'mtp_1/accept_expected': drafts}
+  runs = {v.name: {s: [row(.1 * s + .01 * i, .5 + .02 * i * s)]
+                   for s in (1, 2)} for i, v in enumerate(variants)}
+  rows = summary.compare(variants, runs)
+  comparison_figures.trade(rows, str(tmp_path), 'title')
+  assert (tmp_path / 'trade.png').stat().st_size > 10_000
+  found = {r['label']: r['against'].get('detach', {}) for r in rows}
+  # The second variant is detach, the third ce-0.03: .01 more at each seed.
+  assert found['ce-0.03']['avg'].mean == pytest.approx(.01)
+  assert found['ce-0.03']['accept_expected'].mean == pytest.approx(.03)
+
+
+@pytest.mark.filterwarnings('error')
 @pytest.mark.long
 def test_figures_do_without_the_runs_of_a_variant(real, tmp_path):
   runs = summary.collect(real.variants, real.seeds, real.path)

@@ -1,5 +1,7 @@
 """The diagnosis: predictions on a quadratic, statistics, a tiny run, errors."""
 
+import contextlib
+import copy
 import json
 import os
 import shutil
@@ -11,11 +13,11 @@ import optax
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import config_io, occ, trainer, types
-from mtp_rl.diagnose import measure, oracle, study, summary
+from mtp_rl import config_io, occ, train_step, trainer, tree, types
+from mtp_rl.diagnose import lookahead, measure, oracle, study, summary
 from mtp_rl.report import intervals
 from mtp_rl.rollout import experience
-from mtp_rl.run import metrics
+from mtp_rl.run import checkpoint, metrics
 from mtp_rl.run import workdir as workdir_lib
 from tests import conftest
 
@@ -143,7 +145,8 @@ def _run(tmp_path_factory):
 
 @pytest.mark.long
 def test_a_run_is_diagnosed_end_to_end(run):
-  text, directory = study.diagnose(run, rollouts=2, points=5, bound=2.)
+  text, directory = study.diagnose(run, rollouts=2, points=5, bound=2.,
+                                   updates=[3, 1])
   assert sorted(os.listdir(directory)) == [
       'alignment.png', 'curves.png', 'diagnosis.json', 'diagnosis.md',
       'lambda.png', 'rollouts.jsonl']
@@ -168,6 +171,54 @@ def test_a_run_is_diagnosed_end_to_end(run):
     # The schedule ends at 0, the diagnosis at a tenth of the peak.
     assert c['rate']['mean'] >= .99e-4 and c['eta']['mean'] > 0
   assert 'Held-out best lambda' in text and 'cross_fitted' in text
+  for c in found['lookahead']:
+    assert c['lambdas'] == [-2, -1, 0, 1, 2] and list(c['after']) == ['1', '3']
+    for after in c['after'].values():
+      assert after['minus_detach'][2] == {'mean': 0, 'low': 0, 'high': 0,
+                                          'n': 2}
+      assert 0 <= after['detach']['mean'] <= 1
+
+
+@pytest.mark.long
+def test_a_walk_with_lambda_0_is_detach(run):
+  own = config_io.load(os.path.join(run, 'config.json'))
+  again = workdir_lib.reopen(own, run)
+  found = []
+  with jax.set_mesh(again.mesh), contextlib.closing(again.task):
+    functions = trainer.prepare(again)
+    state = checkpoint.Checkpoints(
+        again.path('checkpoints', 'rl'), 9).restore(functions.steps.abstract, 0)
+    detach = copy.deepcopy(again.config)
+    detach.mtp.regime = 'detach'
+    for config in (lookahead.config_at(again.config, 0.), detach,
+                   lookahead.config_at(again.config, 1.)):
+      walk = lookahead._walk(
+          again, functions.actor, train_step.make(config, again.mesh),
+          jax.tree.map(jnp.copy, state), None, 5, [1, 3])
+      found.append({n: jax.device_get(params) for n, params in walk})
+  assert [list(x) for x in found] == [[1, 3]] * 3
+  for n in (1, 3):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(
+        a, b, rtol=1e-5, atol=1e-6), found[0][n], found[1][n])
+    assert float(tree.norm(jax.tree.map(np.subtract, tree.theta(
+        found[0][n]), tree.theta(found[2][n])))) > 1e-4
+
+
+def test_the_best_lambda_may_move_with_the_number_of_updates():
+  lams = np.linspace(-1, 1, 5)
+  rng = np.random.default_rng(0)
+  noise = .02 * rng.normal(size=(20, 1, 1))  # of a repeat, shared by lambdas
+  rewards = noise + .5 - np.stack([.1 * (lams + .5) ** 2,
+                                   .1 * (lams - .5) ** 2])[None]
+  out = lookahead.summarise(7, rewards, [1, 20], lams)
+  for n, best in ((1, -.5), (20, .5)):
+    found = out['after'][n]
+    np.testing.assert_allclose(found['best'][:3], best, atol=1e-6)
+    np.testing.assert_allclose(
+        [x.mean for x in found['minus_detach']],
+        .1 * (.25 - (lams - best) ** 2), atol=1e-9)
+  text = lookahead.markdown([out])
+  assert '-0.50 [-0.50, -0.50]' in text and '**+0.025** ± 0.000' in text
 
 
 @pytest.mark.parametrize('minibatches', [1, 2, 4])

@@ -47,6 +47,7 @@ FLOORS = (
     ('warmup', 'compare.study', 'report.journal', 'aot.dry_run'),
     ('trainer', 'diagnose.measure', 'compare.drafting'),
     ('evaluation.scoring', 'diagnose.summary'),
+    ('diagnose.lookahead',),
     ('diagnose.study',),
 )
 LEVEL = {name: i for i, floor in enumerate(FLOORS) for name in floor}

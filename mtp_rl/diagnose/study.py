@@ -16,7 +16,7 @@ import tqdm
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io, trainer, tree, validate, warmup
-from mtp_rl.diagnose import measure, summary
+from mtp_rl.diagnose import lookahead, measure, summary
 from mtp_rl.report import diagnosis_figures, style
 from mtp_rl.rollout import experience
 from mtp_rl.run import checkpoint, metrics
@@ -116,8 +116,33 @@ def collect(run: workdir_lib.Run, config: config_lib.Config, steps, rollouts,
   return out
 
 
+def look_ahead(run: workdir_lib.Run, steps, repeats, updates, bound, progress):
+  """Return a list of dicts of `lookahead.summarise`, one for each checkpoint.
+
+  Args:
+    run, steps, progress: see `collect`.
+    repeats, updates: see `lookahead.collect`.
+    bound: five lambdas are tried, from -bound to bound.
+  """
+  lams = np.linspace(-bound, bound, 5)
+  out = []
+  with jax.set_mesh(run.mesh), contextlib.closing(run.task):
+    functions, reference = trainer.prepare(run), _reference(run)
+    saved = checkpoint.Checkpoints(run.path('checkpoints', 'rl'),
+                                   run.config.run.keep)
+    with tqdm.tqdm(total=len(steps) * repeats * len(lams), desc='look-ahead',
+                   file=sys.stderr, disable=not progress,
+                   dynamic_ncols=True) as bar:
+      for step in steps:
+        state = saved.restore(functions.steps.abstract, step)
+        rewards = lookahead.collect(run, functions, state, reference, updates,
+                                    lams, repeats, bar.update)
+        out.append(lookahead.summarise(step, rewards, updates, lams))
+  return out
+
+
 def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
-             disjoint_parts=None, progress=False):
+             disjoint_parts=None, updates=(), progress=False):
   """Diagnose the checkpoints of a run; return the report and its directory.
 
   Args:
@@ -127,6 +152,7 @@ def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
     bound: lambdas are searched in [-bound, bound].
     points: number of lambdas on the grid.
     disjoint_parts: see `measure.measuring_config`.
+    updates: see `look_ahead`; none: leave it out.
     progress: whether to show a bar.
 
   Raises:
@@ -146,13 +172,19 @@ def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
   os.makedirs(directory, exist_ok=True)
   title = style.title(own)
   text = summary.markdown(summaries, f'Diagnosis: {title}', notes)
+  ahead = []
+  if updates:
+    again = workdir_lib.reopen(own, workdir)  # the task of `run` is closed
+    ahead = look_ahead(again, chosen, rollouts, sorted(updates), bound,
+                       progress)
+    text += '\n' + lookahead.markdown(ahead)
   with open(os.path.join(directory, 'diagnosis.md'), 'w',
             encoding='utf-8') as f:
     f.write(text)
   metrics.write_json(os.path.join(directory, 'diagnosis.json'), metrics.to_json(
       {'title': title, 'bound': bound,
        'disjoint_parts': config.occ.disjoint_parts, 'notes': notes,
-       'checkpoints': summaries}, digits=6))
+       'checkpoints': summaries, 'lookahead': ahead}, digits=6))
   with open(os.path.join(directory, 'rollouts.jsonl'), 'w',
             encoding='utf-8') as f:
     f.writelines(json.dumps({'step': s, **metrics.to_json(m, digits=6)}) + '\n'

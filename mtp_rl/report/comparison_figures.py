@@ -229,15 +229,15 @@ def trade(rows, directory, title):
     for r, found in mine:
       x, y, line = found['accept_expected'], found['avg'], styles[r['label']]
       axis.errorbar(x.mean, y.mean, xerr=_error(x), yerr=_error(y), ms=5,
-                    fmt=line.marker, lw=.8, color=line.colour)
-      axis.annotate(r['label'], (x.mean, y.mean), (4, 4), fontsize=7,
-                    textcoords='offset points')
+                    fmt=line.marker, lw=.8, color=line.colour,
+                    label=r['label'])
     axis.axhline(0, color=style.GREY, lw=.8, zorder=0)
     axis.axvline(0, color=style.GREY, lw=.8, zorder=0)
     axis.set_title(f'{group}: right of and not below Detach is a gain',
                    fontsize=10)
     axis.set_xlabel('drafts accepted, minus Detach')
     axis.set_ylabel('held-out avg@k, minus Detach')
+    axis.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     axis.grid(alpha=.25)
   style.save(figure, directory, 'trade')
 
