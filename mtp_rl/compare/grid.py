@@ -7,7 +7,8 @@ the group's `rl_only` and `detach`. Presets:
     table2  regime policy with fixed lambdas against OCC, DAPO
     trace   OCC with each estimator of lambda, DAPO
     pareto  what acceptance of drafts costs in reward: each loss of theta at
-            fixed lambdas and at the lambda that J can afford, DAPO
+            fixed lambdas and at the lambda that J can afford, DAPO; psi
+            follows the KL
 
 Every preset but pareto, which has 'separate' alone, runs under two readings of
 clipping (`CLIPS`): 'paper' is L_RL + lambda L_MTP under one joint clip, lambda
@@ -32,9 +33,8 @@ FIXED = (.1, .2, .5, 1.)  # the paper's fixed lambdas (table2)
 # the penalty lambda^2 v^2 is left; with .1 it would be lost in the variation
 # between seeds, so we take 1.
 CE_COEF, POLICY_COEF = 1., .1
-# Of pareto, by theta's loss.
-PARETO = {'ce': (.03, .1, .3), 'kl': (.1, .3, 1.), 'tv': (.1, .3, 1.),
-          'policy': (.1, .3)}
+# Lambdas of pareto, by theta's loss.
+PARETO = {'ce': (.1, .3), 'kl': (.3, 1.), 'tv': (1., 3.), 'policy': (.3,)}
 # Names of a comparison's own folders, which no variant may take.
 RESERVED = ('warmup', 'configs', 'cache', 'figures')
 # What all variants share, because the warm-up is trained with it.
@@ -123,6 +123,8 @@ def preset_variants(base: config_lib.Config, preset, clips=CLIPS,
       for label, overrides in _columns(preset, estimators, coef):
         config = config_lib.preset(copy.deepcopy(base), objective)
         _clip(config, kind)
+        if preset == 'pareto':
+          config.mtp.psi_loss = 'kl'
         for name, value in overrides.items():
           config_io.assign(config, name, value)
         out.append(Variant(f'{group}-{label}', group, label, config))
