@@ -1,7 +1,7 @@
-r"""What sampling costs: a step, a rollout, slots, drafts.
+r"""What sampling costs: a step, a rollout, slots, drafts; how exact it is.
 
-    python -m benchmarks.rollout [--parts=decode,tokens,slots,speculation] \
-        [--out=FILE.json] [--rounds=20] [--cores=1]
+    python -m benchmarks.rollout [--out=FILE.json] [--rounds=20] [--cores=1] \
+        [--parts=decode,tokens,slots,speculation,flips]
 
 Random weights, float32, one process pinned to cores; every round times each
 case of a part once, in turn, and medians are printed.
@@ -19,6 +19,10 @@ case of a part once, in turn, and medians are printed.
                  {'speculation': {rows: {'speedup', 'accepted'}}}, and with
                  'draft_vocab' the same with rollout.draft_vocab=8192. How often
                  drafts pass is set, not learned: see `_agreeing`.
+    flips        how often rounding changes a draw: rows of 'tiny' (2048 of 128
+                 tokens) that differ from those drawn all at once, by the type
+                 of the model's activations: {'flips': {dtype: {case: rows}}};
+                 counted, not timed
 """
 
 import functools
@@ -33,7 +37,7 @@ from absl import app, flags, logging
 BATCHES, COLUMNS, PROMPT = (1, 4, 16), (96, 288, 992), 32
 ROWS, DRAFTS, FREQUENT = (1, 2, 4, 8, 16), 3, 8192
 TEMPERATURE = 45.  # at which about nine first drafts in ten pass
-PARTS = ('decode', 'tokens', 'slots', 'speculation')
+PARTS = ('decode', 'tokens', 'slots', 'speculation', 'flips')
 _PARTS = flags.DEFINE_list('parts', list(PARTS), 'Parts to time.')
 _OUT = flags.DEFINE_string('out', None, 'JSON file to write.')
 _ROUNDS = flags.DEFINE_integer('rounds', 20, 'Of each case.', lower_bound=20)
@@ -239,6 +243,26 @@ def _speculation():
   return {'speculation': out}
 
 
+def _flips():
+  rows, out = 2048, {}
+  cases = {'all': {}, 'slots=64': dict(slots=64), 'slots=3': dict(slots=3),
+           'slots=64, draft=3': dict(slots=64, draft=DRAFTS)}
+  for dtype in ('float32', 'bfloat16'):
+    out[dtype], plain, params = {}, None, None
+    for name, more in cases.items():
+      config = _config('tiny', 16, 128, mtp=True, **more)
+      config.model.dtype = dtype
+      params = params or _params(config)
+      seen = {}
+      _rollout(config, rows, params, _ends(), seen)()
+      tokens = seen['drawn'].rows.tokens
+      plain = tokens if plain is None else plain
+      out[dtype][name] = int((tokens != plain).any(1).sum())
+      print(f'{dtype}, {name}: {out[dtype][name]} of {rows} rows differ',
+            flush=True)
+  return {'flips': out}
+
+
 def main(argv):
   """Time the parts, print them, and write them as they come."""
   if len(argv) > 1:
@@ -248,7 +272,7 @@ def main(argv):
   out = {}
   for part in _PARTS.value:
     out |= {'decode': _decode, 'tokens': _tokens, 'slots': _slots,
-            'speculation': _speculation}[part]()
+            'speculation': _speculation, 'flips': _flips}[part]()
     if _OUT.value:
       with open(_OUT.value, 'w', encoding='utf-8') as f:
         json.dump(out, f, indent=2)
