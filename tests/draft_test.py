@@ -1,6 +1,7 @@
 """Drafts: the tokens of plain decoding, or exactly its distribution."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,20 @@ def test_coupled_drafts_change_no_token(mtp, drafts, model, rollout, greedy):
   assert drafted == forwards and plain.counts[2] == 0
   assert accepted == sorted(accepted, reverse=True) and accepted[0] > 0
   assert forwards < tokens  # some drafts were accepted
-  # Fewer tokens count than were accepted where a row ended inside its drafts.
-  assert forwards + sum(accepted) >= tokens
+  # A row that ends with an accepted draft draws no token behind it.
+  assert sum(accepted) <= tokens <= forwards + sum(accepted)
+
+
+def test_drafts_behind_the_end_of_a_row_do_not_count():
+  """Three rows accept all, one was done; they draw 3, 2, 1 and no tokens."""
+  before = SimpleNamespace(
+      column=jnp.array([4, 4, 4, 4]), counts=jnp.array([5, 7, 5, 2, 1]),
+      done=jnp.array([False, False, False, True]))
+  after = SimpleNamespace(column=jnp.array([7, 6, 5, 4]))
+  yes = jnp.ones(4, bool)
+  counts = decode.count_forward(before, after, yes, yes)
+  # 3 rows, 6 tokens; draft 1 of all three, draft 2 of the first two.
+  assert counts.tolist() == [5 + 3, 7 + 6, 5 + 3, 2 + 3, 1 + 2]
 
 
 def test_drafts_are_what_the_modules_score():

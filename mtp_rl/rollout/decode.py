@@ -31,7 +31,7 @@ class SamplingState(NamedTuple):
       None without drafts.
     counts: int32 [3 + draft]: forward passes of the trunk that rows took part
       in, tokens drawn by them, how many of them had drafts, and how many
-      accepted draft 1, 2, ...
+      accepted draft 1, 2, ... before their row ended.
   """
   tokens: jax.Array
   prompt: jax.Array
@@ -232,12 +232,15 @@ def count_forward(state, emitted, *accepted):
   Args:
     state: `SamplingState` before it.
     emitted: the one after it.
-    *accepted: bool [B] each, rows that accepted draft 1, 2, ...
+    *accepted: bool [B] each, rows that accepted draft 1, 2, ...; those behind
+      the end of a row do not count.
   """
   alive = ~state.done
   rows = jnp.sum(alive)
-  more = [rows, jnp.sum(emitted.column - state.column),
-          rows * bool(accepted), *[jnp.sum(a & alive) for a in accepted]]
+  tokens = emitted.column - state.column
+  more = [rows, jnp.sum(tokens), rows * bool(accepted),
+          *[jnp.sum(a & alive & (tokens >= k))
+            for k, a in enumerate(accepted, 1)]]
   more += [0] * (len(state.counts) - len(more))
   return state.counts + jnp.stack([jnp.int32(n) for n in more])
 
