@@ -1,4 +1,4 @@
-r"""Path finding on new seeds: does the policy loss at lambda = 1 raise accuracy?
+r"""Path finding on new seeds: does the policy loss at lambda = 1 pay?
 
     D='mtp.regime=detach'; P='mtp.regime=policy'
     python -m experiments.compare --config=configs/path_confirm.py \

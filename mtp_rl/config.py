@@ -204,7 +204,9 @@ class Task:
   noise: float = 0.6  # chance that a noisy fact is written wrong
   degree: int = 2  # path_finding: arms of a star
   arm: int = 3  # path_finding: edges of an arm
-  nodes: int = 12  # path_finding: characters that nodes are drawn from
+  nodes: int = 12  # path_finding: characters to name nodes by; dag_planning
+  edge_prob: float = .1  # dag_planning: chance of an edge
+  taught: float = .2  # dag_planning: share of distant pairs in the warm-up
   largest: int = 4  # subset_sum: digits are 1 to this; sums: numbers 0 to this
   dataset: str = ''  # reasoning_gym
   options: str = '{}'  # reasoning_gym: JSON object of the data set's settings

@@ -3,6 +3,7 @@
 import collections
 import itertools
 
+import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
@@ -12,6 +13,7 @@ from mtp_rl.tasks import generated, path_finding
 PATH = dict(name='path_finding', degree=3, arm=2, nodes=9, held_out=30)
 SUBSET = dict(name='subset_sum', min_terms=3, max_terms=5, largest=4,
               held_out=30)
+DAG = dict(name='dag_planning', nodes=30, edge_prob=.2, held_out=40)
 
 
 def _make(seed=0, **kw):
@@ -91,6 +93,90 @@ def test_every_solution_of_a_subset_sum_counts():
   assert _make(**SUBSET).rewards([example] * 6, bad) == [0] * 6
 
 
+def _successors(task):
+  """Return {node's name: its successors' names}."""
+  name = task._name_of
+  return {name[a]: {name[b] for b in np.flatnonzero(row)}
+          for a, row in enumerate(task.edges)}
+
+
+def test_reach_is_the_sum_of_the_powers_of_the_edges():
+  task = _make(**DAG)
+  edges, total = task.edges.astype(int), 0
+  for length in range(1, 30):
+    total = total + np.linalg.matrix_power(edges, length)
+  np.testing.assert_array_equal(task.reach, total > 0)
+  assert task.edges.sum() and not np.diag(task.reach).any()
+
+
+def test_walks_follow_edges_and_any_path_counts():
+  task = _make(**DAG)
+  after = _successors(task)
+  walks = task.supervised(0, 300)
+  for e in walks:
+    path = e.prompt[0] + e.solution
+    assert all(b in after[a] for a, b in itertools.pairwise(path))
+    assert path[-1] == e.prompt[1] == e.answer
+  assert task.rewards(walks, [e.solution for e in walks]) == [1.] * 300
+  # Two edges in a row, by a node other than the goal; and what is no path.
+  start, middle = next((a, b) for a in after for b in after[a] if after[b])
+  goal = min(after[middle])
+  example = types.Example(f'{start}{goal}=', goal)
+  right = [middle + goal] + [goal] * (goal in after[start])
+  wrong = ['', middle, start + middle + goal, middle + goal + goal,
+           middle + '=' + goal, middle + goal + '?', goal + middle]
+  assert task.rewards([example] * len(right), right) == [1.] * len(right)
+  assert task.rewards([example] * 7, wrong) == [0.] * 7
+
+
+def test_the_pairs_of_a_graph_are_split():
+  task = _make(**DAG)
+  name = task._name_of
+  far = {f'{name[a]}{name[b]}=' for a, b in
+         np.argwhere(task.reach & ~task.edges)}
+  taught = {e.prompt for step in range(200) for e in task.supervised(step, 50)}
+  asked = {e.prompt for step in range(200) for e in task.prompts(step, 50)}
+  held = {e.prompt for some in task.held_out().values() for e in some}
+  assert len(held) == 40 and held <= far and asked <= far
+  assert not held & asked and not held & taught and not taught & asked
+  assert held | asked | taught & far == far
+  assert len(taught & far) == -(-len(far) // 5)  # task.taught = .2
+
+
+def test_degree_counts_the_edges_to_what_was_shown():
+  task = _make(**DAG)
+  after, shown = _successors(task), collections.defaultdict(set)
+  for step in range(400):  # all walks, with near certainty
+    for e in task.supervised(step, 50):
+      shown[e.answer] |= set(e.prompt[0] + e.solution)
+  degrees = collections.Counter()
+  for label, some in task.held_out().items():
+    for e in some:
+      front, degree = {e.prompt[0]}, 0
+      while not front & shown[e.answer]:
+        front, degree = {b for a in front for b in after[a]}, degree + 1
+      assert label == f'degree_{min(degree, 3)}'
+      degrees[degree] += 1
+  assert degrees[0] and degrees[1]
+
+
+def test_no_policy_is_below_the_floor_of_the_walks():
+  """The walks' own law attains it: log of the choices, by hand."""
+  task = _make(**DAG)
+  after, reach = _successors(task), {}
+  for node in reversed(task._name_of):  # the nodes are in order
+    reach[node] = after[node].union(*(reach[b] for b in after[node]))
+  nats = tokens = 0
+  for start, goal, walks in task._taught:
+    goal = task._name_of[goal]
+    for walk in walks:
+      path = [task._name_of[i] for i in (start, *walk)]
+      nats += sum(np.log(sum(b == goal or goal in reach[b] for b in after[a]))
+                  for a in path[:-1])
+      tokens += len(path)
+  assert task.floor == pytest.approx(nats / tokens) and task.floor > .1
+
+
 @pytest.mark.parametrize('options', [PATH, SUBSET])
 def test_draws_are_stateless_and_the_split_holds(options):
   a, b = _make(**options), _make(**options)
@@ -106,6 +192,14 @@ def test_draws_are_stateless_and_the_split_holds(options):
   assert a.counts() == {}
 
 
+def test_draws_from_a_graph_are_stateless():
+  a, b = _make(**DAG), _make(**DAG)
+  b.prompts(3, 5)
+  assert a.prompts(7, 9) == b.prompts(7, 9) != a.prompts(8, 9)
+  assert a.supervised(7, 9) == b.supervised(7, 9) != a.supervised(8, 9)
+  assert a.held_out() == b.held_out() != _make(seed=1, **DAG).held_out()
+
+
 def test_a_small_task_ends_its_search_for_held_out_problems():
   """Of 8 digit strings with 2 to 7 targets each, about one in 8 is held out."""
   task = _make(name='subset_sum', min_terms=3, max_terms=3, largest=2)
@@ -117,6 +211,9 @@ def test_a_small_task_ends_its_search_for_held_out_problems():
     (dict(PATH, arm=1), 'task.arm=1'),
     (dict(PATH, nodes=6), 'task.nodes=6 must lie between the 7'),
     (dict(PATH, nodes=53), 'task.nodes=53'),
+    (dict(DAG, nodes=3), 'task.nodes=3'),
+    (dict(DAG, edge_prob=1.), 'task.edge_prob=1.0'),
+    (dict(DAG, nodes=4, edge_prob=.01), 'pairs at a distance of two edges'),
     (dict(SUBSET, min_terms=6), 'task.min_terms=6'),
     (dict(SUBSET, max_terms=12), 'task.max_terms=12'),
     (dict(SUBSET, largest=10), 'task.largest=10'),

@@ -13,6 +13,7 @@ from mtp_rl import config as config_lib
 from mtp_rl import tokenizers, types
 
 MODULES = {'arithmetic': 'mtp_rl.tasks.arithmetic',
+           'dag_planning': 'mtp_rl.tasks.dag_planning',
            'math': 'mtp_rl.tasks.real_math',
            'path_finding': 'mtp_rl.tasks.path_finding',
            'reasoning_gym': 'mtp_rl.tasks.reasoning_gym',
