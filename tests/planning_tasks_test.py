@@ -155,7 +155,7 @@ def test_degree_counts_the_edges_to_what_was_shown():
       front, degree = {e.prompt[0]}, 0
       while not front & shown[e.answer]:
         front, degree = {b for a in front for b in after[a]}, degree + 1
-      assert label == f'degree_{min(degree, 3)}'
+      assert label == f'degree_{min(degree, 2)}'
       degrees[degree] += 1
   assert degrees[0] and degrees[1]
 

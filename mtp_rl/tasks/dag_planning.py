@@ -112,7 +112,7 @@ class DagPlanning(generated.Generated):
     return nats / tokens
 
   def _by_degree(self, pairs):
-    """Return {'degree_<d>': examples} of pairs; 3 is 3 and more."""
+    """Return {'degree_<d>': examples} of pairs; 2 is 2 and more."""
     shown = np.zeros_like(self.edges)  # [node, goal]: on a walk to the goal
     for start, goal, walks in self._taught:
       shown[[start, *(n for walk in walks for n in walk)], goal] = True
@@ -121,7 +121,7 @@ class DagPlanning(generated.Generated):
       degree, nodes = 0, np.arange(len(shown)) == start
       while not (nodes & shown[:, goal]).any():
         nodes, degree = self.edges[nodes].any(0), degree + 1
-      name = f'degree_{min(degree, 3)}'
+      name = f'degree_{min(degree, 2)}'
       sets.setdefault(name, []).append(self._example(start, goal))
     return dict(sorted(sets.items()))
 
