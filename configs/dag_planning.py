@@ -2,7 +2,8 @@ r"""Paths in one random acyclic graph of 100 nodes, remembered and composed.
 
     python -m experiments.train --config=configs/dag_planning.py --workdir=DIR
 
-    R='mtp.regime'; P='mtp.regime=policy,mtp.coef=1'; O='mtp.regime=occ,occ.estimator'
+    R='mtp.regime'; P='mtp.regime=policy,mtp.coef=1'
+    O='mtp.regime=occ,occ.estimator'
     python -m experiments.compare --config=configs/dag_planning.py \
         --workdir=DIR --seeds=10 --jobs=2 \
         --variants="rl_only:$R=rl_only;detach:$R=detach;ce-.3:$R=ce,mtp.coef=.3;policy-1:$P;own-1:$P,mtp.reference=mtp_old;logprob:$O=logprob;cross-ema.9:$O=cross_fitted,occ.ema=.9;affordable:$O=affordable;trust:$O=trust_region;detach-ent:$R=detach,rl.entropy_coef=.01;policy-1-ent:$P,rl.entropy_coef=.01"

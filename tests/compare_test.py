@@ -73,8 +73,28 @@ def test_values_of_a_run():
            'mtp_1/accept_expected': .7, 'timing_s/update': 2.}]
   assert summary.run_values(rows) == pytest.approx({
       'greedy': .7, 'avg': .5, 'reward': .4, 'acceptance': .9,
-      'accept_expected': .7, 'lambda': .3, 'update_s': 2.})
+      'accept_expected': .7, 'lambda': .3, 'update_s': 2.,
+      'greedy/a': .8, 'greedy/b': .6})
   assert summary.run_values([]) == {}
+
+
+def test_several_held_out_sets_have_a_table_of_their_own():
+  config = conftest.tiny_config()
+  variants = grid.free_variants(
+      config, 'still:mtp.regime=detach;joint:mtp.regime=policy')
+  row = lambda a, b: [{'step': 1, 'reward/mean': 0., 'val/a/greedy': a,
+                       'val/b/greedy': b}]
+  text = summary.markdown(summary.compare(variants, {
+      'still': {0: row(.1, .5), 1: row(.3, .5)},
+      'joint': {0: row(.2, .4), 1: row(.4, .2)}}), 'title')
+  means, by_set = text.split('| variant | seeds | held-out greedy, a |')
+  assert 'held-out greedy, a' not in means
+  assert '| joint | 2 | 0.300 | 0.300 |' in by_set
+  assert '| joint | 2 | **+0.100** [+0.100, +0.100] | −0.200 [' in (  # noqa: RUF001
+      by_set.replace(r'\*', ''))
+  one = [{'step': 1, 'reward/mean': 0., 'val/a/greedy': .5}]
+  assert 'held-out greedy, a' not in summary.markdown(summary.compare(
+      variants, {'still': {0: one}, 'joint': {0: one}}), 'title')
 
 
 @pytest.mark.parametrize('preset', grid.PRESETS)

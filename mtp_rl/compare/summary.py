@@ -34,8 +34,17 @@ def _mean_at_end(row, kind):
   return statistics.fmean(seen) if seen else None
 
 
+def _by_set(row):
+  """Return {'greedy/<set>': accuracy}, {} where there is one held-out set."""
+  seen = {f'greedy/{n.split("/")[1]}': v for n, v in row.items()
+          if n.startswith('val/') and n.endswith('/greedy') and v is not None}
+  return seen if len(seen) > 1 else {}
+
+
 def run_values(rows):
   """Return a run's values, a dict with those `METRICS` that it has.
+
+  And with 'greedy/<set>' where there are several held-out sets.
 
   Args:
     rows: list of rows of metrics.jsonl.
@@ -58,6 +67,7 @@ def run_values(rows):
       **{k: statistics.fmean(x) if x else None for k, x in ends.items()},
       'lambda': statistics.fmean(lambdas) if lambdas else None,
       'update_s': statistics.median(seconds) if seconds else None,
+      **_by_set(last),
   }
   return {k: v for k, v in out.items() if v is not None}
 
@@ -100,11 +110,13 @@ def compare(variants, runs):
     variants: list of `grid.Variant`.
     runs: dict from `collect`.
   """
-  values = {}
-  for name, seeds in runs.items():
-    each = {s: run_values(rows) for s, rows in seeds.items()}
-    values[name] = {m: {s: v[m] for s, v in each.items() if m in v}
-                    for m in METRICS}
+  values, each = {}, {name: {s: run_values(rows) for s, rows in seeds.items()}
+                      for name, seeds in runs.items()}
+  names = list(METRICS | dict.fromkeys(sorted(
+      m for some in each.values() for v in some.values() for m in v)))
+  for name, some in each.items():
+    values[name] = {m: {s: v[m] for s, v in some.items() if m in v}
+                    for m in names}
   out = []
   for v in variants:
     mine = values[v.name]
@@ -112,12 +124,12 @@ def compare(variants, runs):
            'regime': v.config.mtp.regime, 'seeds': sorted(runs[v.name]),
            'values': mine, 'mean': {}, 'against': {}}
     row['mean'] = {m: intervals.interval(mine[m].values())
-                   for m in METRICS if mine[m]}
+                   for m in names if mine[m]}
     for regime in BASELINES:
       other = baseline(variants, v.group, regime)
       if other is not None and other.name != v.name:
         found = {m: intervals.paired(mine[m], values[other.name][m])
-                 for m in METRICS}
+                 for m in names}
         row['against'][regime] = {m: x for m, x in found.items() if x}
     out.append(row)
   return out
@@ -142,8 +154,31 @@ def _difference(x, name, stands):
   return f'{mean} [{ends}]'
 
 
+def _differences(rows, regime, titles):
+  """Return the table of paired differences, '' where there are none.
+
+  Args:
+    rows: those of one group, from `compare`.
+    regime: the baseline's.
+    titles: dict metric -> title of its column.
+  """
+  held = [(r['label'], r['against'][regime]) for r in rows
+          if r['against'].get(regime)]
+  stands = intervals.holm({(label, m): found[m] for label, found in held
+                           for m in titles if m in found}, LEVEL)
+  lines = [[label, str(max(x.n for x in found.values())),
+            *[_difference(found.get(m), m, (label, m) in stands)
+              for m in titles]] for label, found in held]
+  if not lines:
+    return ''
+  return tables.markdown([f'minus {regime}', 'pairs', *titles.values()],
+                         lines) + '\n'
+
+
 def markdown(rows, title):
-  """Return the tables: for each group the means, then paired differences.
+  """Return the tables: for each group the means and the paired differences.
+
+  Where there are several held-out sets the same follows for each of them.
 
   Args:
     rows: list from `compare`.
@@ -155,23 +190,21 @@ def markdown(rows, title):
          't-intervals, bold where 0 lies outside (by chance that happens to '
          'one interval in 20), with a star where that also holds by Holm for '
          f'all differences of a table together ({LEVEL:.0%}).\n\n']
+  sets = {m: 'held-out greedy, ' + m.split('/')[1] for r in rows
+          for m in r['mean'] if m.startswith('greedy/')}
   for group in dict.fromkeys(r['group'] for r in rows):
     mine = [r for r in rows if r['group'] == group]
     out.append(f'## {group}\n\n')
-    out.append(tables.markdown(
-        ['variant', 'seeds', *[METRICS[m] for m in shown]],
-        [[r['label'], str(len(r['seeds'])), *[
-            _number(r['mean'][m].mean, m) if m in r['mean'] else ''
-            for m in shown]] for r in mine]) + '\n')
-    for regime in BASELINES:
-      held = [(r['label'], r['against'][regime]) for r in mine
-              if r['against'].get(regime)]
-      stands = intervals.holm({(label, m): found[m] for label, found in held
-                               for m in SHOWN if m in found}, LEVEL)
-      lines = [[label, str(max(x.n for x in found.values())),
-                *[_difference(found.get(m), m, (label, m) in stands)
-                  for m in SHOWN]] for label, found in held]
-      if lines:
-        out.append(tables.markdown([f'minus {regime}', 'pairs',
-                           *[METRICS[m] for m in SHOWN]], lines) + '\n')
+    for names in (shown, sets):
+      if not names:
+        continue
+      titles = METRICS | sets
+      out.append(tables.markdown(
+          ['variant', 'seeds', *[titles[m] for m in names]],
+          [[r['label'], str(len(r['seeds'])), *[
+              _number(r['mean'][m].mean, m) if m in r['mean'] else ''
+              for m in names]] for r in mine]) + '\n')
+      compared = SHOWN if names is shown else tuple(sets)
+      out += [_differences(mine, regime, {m: titles[m] for m in compared})
+              for regime in BASELINES]
   return ''.join(out).rstrip('\n') + '\n'
