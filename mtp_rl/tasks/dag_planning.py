@@ -74,7 +74,7 @@ class DagPlanning(generated.Generated):
       raise config_lib.ConfigError(
           f'task dag_planning with task.nodes={t.nodes} and '
           f'task.edge_prob={t.edge_prob} has only {len(far)} pairs at a '
-          'distance of two edges or more; raise one of them')
+          'distance of two edges or more; raise task.nodes')
     near = np.argwhere(self.edges)
     self._taught = [self._walks(s, g, rng)
                     for s, g in np.concatenate([near, far[:taught]])]
