@@ -28,12 +28,16 @@ with signals.interruptible() as stopped:
 '''
 
 
+def _hear():
+  """Hear what a shell's background job (SIGINT) or nohup (SIGHUP) ignores."""
+  for name in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(name, signal.SIG_DFL)
+
+
 def _child(code, *args, **kw):
-  # A shell's background job ignores SIGINT, and so would its children.
-  heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
   return subprocess.Popen([sys.executable, '-c', code, *args], cwd=ROOT,
-                          text=True, **heard | dict(
-                              stdout=subprocess.PIPE,
+                          text=True, **dict(
+                              preexec_fn=_hear, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE) | kw)
 
 
@@ -171,7 +175,8 @@ def test_a_lost_connection_stops_with_a_checkpoint_and_a_code(tmp_path):
   workdir = str(tmp_path / 'run')
   command = [sys.executable, *_tiny_run(workdir)]
   read, write = os.pipe()
-  child = subprocess.Popen(command, cwd=ROOT, stdout=write, stderr=write)
+  child = subprocess.Popen(command, cwd=ROOT, stdout=write, stderr=write,
+                           preexec_fn=_hear)
   os.close(write)
   _wait_for(workdir, 3, child)
   os.close(read)
