@@ -160,8 +160,8 @@ def test_degree_counts_the_edges_to_what_was_shown():
   assert degrees[0] and degrees[1]
 
 
-def test_no_policy_is_below_the_floor_of_the_walks():
-  """The walks' own law attains it: log of the choices, by hand."""
+def test_the_floor_is_the_log_of_the_choices():
+  """Of a uniform choice among the successors that reach the goal, by hand."""
   task = _make(**DAG)
   after, reach = _successors(task), {}
   for node in reversed(task._name_of):  # the nodes are in order

@@ -17,7 +17,8 @@ rotary positions and gated MLPs, the model's own, and every node is one token.
 
 The pairs without an edge are split three ways: `taught` of them are supervised,
 `task.held_out` at random are for evaluation (sets by degree), and RL draws its
-prompts from all others. Pairs with an edge are always supervised.
+prompts from all others. Pairs with an edge are always supervised. Degree counts
+the supervised walks alone, not the paths that RL rewards later.
 """
 
 import itertools
@@ -47,8 +48,9 @@ class DagPlanning(generated.Generated):
     edges: [nodes, nodes] bool array, from row to column.
     reach: [nodes, nodes] bool array, whether a path of one edge or more leads
       from row to column.
-    floor: nats a token of the supervised data under the walks' own law: no
-      model's expected loss on new walks is lower.
+    floor: nats a token of the supervised walks under a uniform choice among the
+      successors that reach the goal: about what a model reaches that does not
+      remember single walks.
   """
 
   def __init__(self, task_config: config_lib.Task, seed):
@@ -74,7 +76,8 @@ class DagPlanning(generated.Generated):
       raise config_lib.ConfigError(
           f'task dag_planning with task.nodes={t.nodes} and '
           f'task.edge_prob={t.edge_prob} has only {len(far)} pairs at a '
-          'distance of two edges or more; raise task.nodes')
+          f'distance of two edges or more, and task.taught={t.taught} leaves '
+          'too few; raise task.nodes, or lower task.taught or task.edge_prob')
     near = np.argwhere(self.edges)
     self._taught = [self._walks(s, g, rng)
                     for s, g in np.concatenate([near, far[:taught]])]
