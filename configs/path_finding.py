@@ -7,8 +7,8 @@ accuracy .48 after the warm-up (1 / degree is .50) and .96 after RL, avg@4 .33
 and .90, in 30 seconds of CPU time. That seed is far from typical: over ten
 seeds Detach ends 60 steps at .39 greedy, 100 steps at avg@4 .37
 (experiments/results/README.md). The warm-up stops just before it solves the
-task alone: in this run 200 steps of it already reach 1.0, so with another seed, batch or learning rate
-nothing may be left for RL to improve.
+task alone: in this run 200 steps of it already reach 1.0, so with another
+seed, batch or learning rate nothing may be left for RL to improve.
 """
 
 from mtp_rl import config as config_lib
