@@ -138,6 +138,7 @@ def test_the_pairs_of_a_graph_are_split():
   asked = {e.prompt for step in range(200) for e in task.prompts(step, 50)}
   held = {e.prompt for some in task.held_out().values() for e in some}
   assert len(held) == 40 and held <= far and asked <= far
+  assert set(filter(task.keeps_out, far)) == held
   assert not held & asked and not held & taught and not taught & asked
   assert held | asked | taught & far == far
   assert len(taught & far) == -(-len(far) // 5)  # task.taught = .2
@@ -213,6 +214,9 @@ def test_a_small_task_ends_its_search_for_held_out_problems():
     (dict(PATH, nodes=53), 'task.nodes=53'),
     (dict(DAG, nodes=3), 'task.nodes=3'),
     (dict(DAG, edge_prob=1.), 'task.edge_prob=1.0'),
+    (dict(DAG, taught=1.), 'task.taught=1.0 must lie'),
+    (dict(DAG, taught=.99), 'task.taught=0.99 leaves too few'),
+    (dict(DAG, held_out=48), 'task.held_out=48 is more than half of the 94'),
     (dict(DAG, nodes=4, edge_prob=.01), 'pairs at a distance of two edges'),
     (dict(SUBSET, min_terms=6), 'task.min_terms=6'),
     (dict(SUBSET, max_terms=12), 'task.max_terms=12'),

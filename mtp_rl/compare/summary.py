@@ -195,10 +195,8 @@ def markdown(rows, title):
   for group in dict.fromkeys(r['group'] for r in rows):
     mine = [r for r in rows if r['group'] == group]
     out.append(f'## {group}\n\n')
-    for names in (shown, sets):
-      if not names:
-        continue
-      titles = METRICS | sets
+    titles = METRICS | sets
+    for names in filter(None, (shown, sets)):
       out.append(tables.markdown(
           ['variant', 'seeds', *[titles[m] for m in names]],
           [[r['label'], str(len(r['seeds'])), *[

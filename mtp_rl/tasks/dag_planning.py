@@ -63,6 +63,7 @@ class DagPlanning(generated.Generated):
       raise config_lib.ConfigError(
           f'task.edge_prob={t.edge_prob} and task.taught={t.taught} must lie '
           'between 0 and 1')
+    self._held_out = frozenset()
     super().__init__('dag_planning', ALPHABET[:t.nodes] + ['='], seed, 0)
     rng = self._rng(_GRAPH, 0)
     self.edges = np.triu(rng.random((t.nodes, t.nodes)) < t.edge_prob, 1)
@@ -83,8 +84,18 @@ class DagPlanning(generated.Generated):
                     for s, g in np.concatenate([near, far[:taught]])]
     self.floor = self._floor()
     left = far[taught:]
-    held = min(t.held_out, len(left) // 2)
-    self._asked, self._test = left[held:], self._by_degree(left[:held])
+    if len(left) < 2 * t.held_out:
+      raise config_lib.ConfigError(
+          f'task.held_out={t.held_out} is more than half of the {len(left)} '
+          'pairs that task dag_planning has left for RL and evaluation; lower '
+          'it, or raise task.nodes')
+    held, self._asked = left[:t.held_out], left[t.held_out:]
+    self._held_out = {self._example(*pair).prompt for pair in held}
+    self._test = self._by_degree(held)
+
+  def keeps_out(self, prompt):
+    """Return whether a prompt belongs to evaluation."""
+    return prompt in self._held_out
 
   def _choices(self, node, goal):
     """Return the successors of a node from which the goal can be reached."""
