@@ -22,7 +22,7 @@ Registered before the run of these seeds (0 to 9), after a pilot on seeds 100,
 All variants, Detach as well, train the modules themselves by KL.
 
 The quickstart, one module applied three times; registered before the run, with
-no pilot of its own:
+no pilot of its own, and not run yet:
 
     F='rl.dual_clip=3,mtp.psi_loss=kl,mtp.regime'; K='fixed,mtp.theta_loss=kl'
     python -m experiments.compare --config=configs/quickstart.py \
@@ -33,9 +33,9 @@ no pilot of its own:
 
 - Hypothesis: a variant that trains theta by KL as well has more drafts accepted
   than detach, and held-out accuracy is not lower.
-- Measures, paired by seed against detach: drafts accepted in a row (0 to 3, mean
-  over the last tenth of the steps; 3 points of a draft are .09) and held-out
-  avg@4. Goal: mean .09 or more and an interval above 0 for the first, an
+- Measures, paired by seed against detach: drafts accepted in a row (0 to 3,
+  mean over the last tenth of the steps; 3 points of a draft are .09) and
+  held-out avg@4. Goal: mean .09 or more and an interval above 0 for the first, an
   interval above -1 point for the second.
 - Seeds 0 to 9, or, if 35 minutes on two cores do not suffice, the first seeds
   of which all three variants are complete by then; Holm within the table.
