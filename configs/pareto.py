@@ -35,8 +35,8 @@ no pilot of its own, and not run yet:
   than detach, and held-out accuracy is not lower.
 - Measures, paired by seed against detach: drafts accepted in a row (0 to 3,
   mean over the last tenth of the steps; 3 points of a draft are .09) and
-  held-out avg@4. Goal: mean .09 or more and an interval above 0 for the first, an
-  interval above -1 point for the second.
+  held-out avg@4. Goal: mean .09 or more and an interval above 0 for the first,
+  an interval above -1 point for the second.
 - Seeds 0 to 9, or, if 35 minutes on two cores do not suffice, the first seeds
   of which all three variants are complete by then; Holm within the table.
 """
