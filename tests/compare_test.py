@@ -78,6 +78,24 @@ def test_values_of_a_run():
   assert summary.run_values([]) == {}
 
 
+def test_drafts_in_a_row_are_compared_where_there_are_several():
+  variants = grid.free_variants(
+      conftest.tiny_config(), 'still:mtp.regime=detach;joint:mtp.regime=policy')
+  def text(more, *, second=False):
+    row = lambda length: [{'step': 1, 'reward/mean': 0.,
+                           'mtp_1/accept_expected': .5,
+                           'mtp/accept_length': length,
+                           'mtp_2/accept_cumulative': .2 if second else None}]
+    return summary.markdown(summary.compare(variants, {
+        'still': {0: row(.5), 1: row(.7)},
+        'joint': {0: row(.5 + more), 1: row(.7 + more)}}), 'title')
+
+  table = text(.2, second=True).split('minus detach')[1]
+  assert '| drafts accepted | drafts accepted in a row |' in table
+  assert '**+0.200**\\* [+0.200, +0.200]' in table
+  assert 'in a row' not in text(0.)
+
+
 def test_several_held_out_sets_have_a_table_of_their_own():
   config = conftest.tiny_config()
   variants = grid.free_variants(

@@ -23,7 +23,7 @@ METRICS = {
     'update_s': 's of updates a step',
 }
 # Metrics whose paired differences the tables show; comparison.json has all.
-SHOWN = ('greedy', 'avg', 'reward', 'accept_expected')
+SHOWN = ('greedy', 'avg', 'reward', 'accept_expected', 'accept_length')
 LEVEL = .05  # of Holm's correction within a table
 BASELINES = ('detach', 'rl_only')
 
@@ -59,6 +59,8 @@ def run_values(rows):
   ends = {k: late(name) for k, name in (
       ('accept_expected', 'mtp_1/accept_expected'),
       ('accept_length', 'mtp/accept_length'), ('entropy', 'actor/entropy'))}
+  if not column('mtp_2/accept_cumulative'):
+    ends['accept_length'] = []  # of one draft: accept_expected again
   out = {
       'greedy': _mean_at_end(last, 'greedy'),
       'avg': _mean_at_end(last, 'avg@'),
@@ -202,7 +204,7 @@ def markdown(rows, title):
           [[r['label'], str(len(r['seeds'])), *[
               _number(r['mean'][m].mean, m) if m in r['mean'] else ''
               for m in names]] for r in mine]) + '\n')
-      compared = SHOWN if names is shown else tuple(sets)
+      compared = [m for m in (SHOWN if names is shown else sets) if m in names]
       out += [_differences(mine, regime, {m: titles[m] for m in compared})
               for regime in BASELINES]
   return ''.join(out).rstrip('\n') + '\n'
