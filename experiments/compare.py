@@ -8,6 +8,9 @@ Overrides such as --config.rl.steps=60 apply to all of them. Ctrl-C or SIGTERM
 stops; the same command resumes. Variants can also be given freely, with presets
 or without:
     --variants='a:mtp.regime=occ;b:mtp.regime=occ,occ.estimator=curvature'
+A variant that changes warmup.* has a warm-up of its own; with
+--config.rl.steps=0 that compares supervised training alone:
+    --variants='next:warmup.mtp_coef=0;joint:warmup.mtp_coef=1'
 """
 
 import sys
@@ -30,6 +33,9 @@ _COEF = flags.DEFINE_float(
     'coef', None, 'lambda of ce and policy in table1; default: 1 and .1.')
 _SEEDS = flags.DEFINE_integer('seeds', 5, 'Number of seeds.', lower_bound=1)
 _JOBS = flags.DEFINE_integer('jobs', 1, 'Runs at a time.', lower_bound=1)
+_SOLVED = flags.DEFINE_float(
+    'solved', None, 'Held-out greedy accuracy from which a seed counts as '
+    'solved; the tables then have the shares.')
 _REPORT_ONLY = flags.DEFINE_bool('report_only', False, 'Only write the report.')
 
 
@@ -56,8 +62,8 @@ def main():
     launch.end('interrupted; the same command resumes, and --report_only '
                'makes the tables of the runs that are complete',
                endings.STOPPED)
-  print(f'see {study.write_report(plan, failed)}, and comparison.html and '
-        'figures beside it')
+  path = study.write_report(plan, failed, _SOLVED.value)
+  print(f'see {path}, and comparison.html and figures beside it')
   if failed:
     sys.exit(f'error: {len(failed)} runs failed: {", ".join(failed)}; '
              'see their log.txt, the same command tries again')

@@ -112,7 +112,7 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
   with contextlib.closing(writer), metrics.progress(
       config, config.rl.steps, start or 0, 'RL') as bar:
     if start is None:
-      start, shown = 0, notes.examine(0, state.params)
+      start, shown = 0, notes.examine(0, state.params) | warmup.outcome(run)
       writer.write(0, shown)
       writer.flush()
       saved.save(0, state)

@@ -5,6 +5,8 @@ starts from its own checkpoint.
 """
 
 import contextlib
+import os
+import statistics
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from mtp_rl.run import checkpoint, endings, metrics
 from mtp_rl.run import workdir as workdir_lib
 
 _ROW_EVERY = 20  # updates
+_LAST_ROWS = 5  # over which the last loss is averaged
 
 
 def _first_state(run, steps):
@@ -139,6 +142,28 @@ def train(run: workdir_lib.Run, stopped):
     draw = Samples(run, steps.abstract.params).batch
   state, done = _loop(run, steps, state, draw, start, saved, stopped)
   return state.params if done else None
+
+
+def outcome(run: workdir_lib.Run):
+  """Return what the warm-up reached, the metrics `after_warmup/...`.
+
+  `loss` is the main head's loss, mean of the last five rows of warmup.jsonl;
+  {} where the run has no warm-up on solutions.
+
+  Args:
+    run: `workdir.Run`, whose warm-up is complete.
+  """
+  if run.config.warmup.data == 'samples':
+    return {}
+  path = run.config.warmup.init or run.workdir
+  losses = [row['warmup/loss'] for row in metrics.read(
+      os.path.join(path, 'warmup.jsonl'))[-_LAST_ROWS:]
+            if row.get('warmup/loss') is not None]
+  if not losses:
+    return {}
+  out = {'after_warmup/loss': statistics.fmean(losses)}
+  floor = getattr(run.task, 'floor', None)
+  return out if floor is None else out | {'after_warmup/floor': floor}
 
 
 def _loop(run, steps, state, draw, start, saved, stopped):

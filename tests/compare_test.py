@@ -62,8 +62,33 @@ def test_holm_by_hand():
   assert intervals.holm(alike) == {1}
 
 
+def test_wilson_by_hand():
+  # z = 1.96, 1 of 10: centre (.1 + z^2 / 20) / (1 + z^2 / 10) = .21101, half
+  # z sqrt(.1 * .9 / 10 + z^2 / 400) / (1 + z^2 / 10) = .19314.
+  found = intervals.share(1, 10)
+  assert found.mean == .1 and found.n == 10
+  assert found.low == pytest.approx(.01788, abs=1e-5)
+  assert found.high == pytest.approx(.40415, abs=1e-5)
+  assert intervals.share(0, 20).low == 0. and intervals.share(0, 0) is None
+
+
+def test_shares_of_seeds_that_solve_a_task():
+  variants = grid.free_variants(
+      conftest.tiny_config(), 'a:mtp.regime=detach;b:mtp.regime=detach')
+  runs = {v.name: {s: [{'step': 0, 'val/x/greedy': x}]
+                   for s, x in enumerate(seen)}
+          for v, seen in zip(variants, ((.5, .9, 1.), (.89, .5, .5)))}
+  rows = summary.compare(variants, runs)
+  text = summary.markdown(rows, 'title', .9)
+  assert '| a | 2 of 3 | [0.21, 0.94] |' in text
+  assert '| b | 0 of 3 | [0.00, 0.56] |' in text
+  assert '| minus a |' in text  # the first is the baseline of its regime
+  assert 'Wilson' not in summary.markdown(rows, 'title')
+
+
 def test_values_of_a_run():
-  rows = [{'step': 0, 'val/a/greedy': .1, 'val/a/avg@4': .1},
+  rows = [{'step': 0, 'val/a/greedy': .1, 'val/a/avg@4': .1,
+           'after_warmup/loss': .5, 'after_warmup/floor': .3},
           {'step': 1, 'reward/mean': .2, 'occ/lambda': .5,
            'timing_s/update': 9.},
           {'step': 2, 'reward/mean': .4, 'occ/lambda': None,
@@ -74,7 +99,7 @@ def test_values_of_a_run():
   assert summary.run_values(rows) == pytest.approx({
       'greedy': .7, 'avg': .5, 'reward': .4, 'acceptance': .9,
       'accept_expected': .7, 'lambda': .3, 'update_s': 2.,
-      'greedy/a': .8, 'greedy/b': .6})
+      'greedy/a': .8, 'greedy/b': .6, 'warmup_loss': .5, 'warmup_floor': .3})
   assert summary.run_values([]) == {}
 
 
@@ -90,7 +115,7 @@ def test_drafts_in_a_row_are_compared_where_there_are_several():
         'still': {0: row(.5), 1: row(.7)},
         'joint': {0: row(.5 + more), 1: row(.7 + more)}}), 'title')
 
-  table = text(.2, second=True).split('minus detach')[1]
+  table = text(.2, second=True).split('minus still')[1]
   assert '| drafts accepted | drafts accepted in a row |' in table
   assert '**+0.200**\\* [+0.200, +0.200]' in table
   assert 'in a row' not in text(0.)
@@ -179,6 +204,28 @@ def test_what_cannot_be_compared_is_named(text, overridden, said):
   with pytest.raises(config_lib.ConfigError, match=said) as error:
     grid.check(base, grid.free_variants(base, text), overridden)
   assert '\n' not in str(error.value)
+
+
+def test_a_variant_that_changes_the_warm_up_has_its_own(tmp_path):
+  base = conftest.tiny_config(warmup=dict(steps=2))
+  def plan(text):
+    variants = grid.check(base, grid.free_variants(base, text))
+    todo = study.plan(study.Study(base, variants, [3], str(tmp_path / text[0])))
+    config = lambda job: from_json.get_config(job.command[3].split(':', 1)[1])
+    return {j.name: (j.after, config(j).warmup) for j in todo}
+
+  todo = plan('some:;own:warmup.mtp_coef=0')
+  shared = str(tmp_path / 's' / 'warmup' / 'seed_3')
+  assert list(todo) == ['warmup/seed_3', 'some/seed_3', 'own/seed_3']
+  assert todo['some/seed_3'][0] == 'warmup/seed_3'
+  assert todo['some/seed_3'][1].init == shared
+  after, own = todo['own/seed_3']
+  assert (after, own.init, own.steps, own.mtp_coef) == ('', '', 2, 0.)
+  assert list(plan('own:warmup.mtp_coef=0')) == ['own/seed_3']
+
+  base.warmup.init = shared
+  with pytest.raises(config_lib.ConfigError, match='changes warmup.mtp_coef'):
+    plan('own:warmup.mtp_coef=0')
 
 
 def test_a_config_file_is_a_config(tmp_path):
@@ -297,7 +344,7 @@ def test_a_comparison_from_warm_up_to_figures(real, monkeypatch):
         assert config.warmup.init == real.path('warmup', seed)
   with open(study.write_report(real), encoding='utf-8') as f:
     text = f.read()
-  assert '| minus detach |' in text and '| minus rl_only |' in text
+  assert '| minus cut |' in text and '| minus still |' in text
   with open(os.path.join(real.workdir, 'comparison.json'),
             encoding='utf-8') as f:
     still, cut = json.load(f)['variants']

@@ -341,6 +341,10 @@ def test_five_closing_lines_say_what_was_reached():
   assert lines[2].endswith('failed on: 2') and '+0.5000' in lines[3]
   assert 'DIR/report.html' in lines[4]
   assert len(closing.lines([], summary, 'DIR')) == 5
+  rows[0] |= {'after_warmup/loss': .51, 'after_warmup/floor': .3249}
+  lines = closing.lines(rows, summary, 'DIR')
+  assert len(lines) == 6 and 'warm-up: 0.510 nats a token' in lines[1]
+  assert lines[1].endswith('is about 0.325')
 
 
 def test_the_bar_says_that_it_compiles_until_the_first_step(capsys):

@@ -37,8 +37,9 @@ CE_COEF, POLICY_COEF = 1., .1
 PARETO = {'ce': (.1, .3), 'kl': (.3, 1.), 'tv': (1., 3.), 'policy': (.3,)}
 # Names of a comparison's own folders, which no variant may take.
 RESERVED = ('warmup', 'configs', 'cache', 'figures')
-# What all variants share, because the warm-up is trained with it.
-_SHARED = ('seed', 'model.', 'task.', 'warmup.', 'mesh.', 'mtp.modules',
+# What all variants share, because the warm-up is trained with it. One that
+# changes warmup.* has a warm-up of its own.
+_SHARED = ('seed', 'model.', 'task.', 'mesh.', 'mtp.modules',
            'mtp.unroll', 'mtp.kind', 'mtp.concat', 'mtp.hidden', 'rollout.max_')
 
 
@@ -162,6 +163,12 @@ def free_variants(base: config_lib.Config, text):
   return out
 
 
+def own_warmup(base: config_lib.Config, variant: Variant):
+  """Return the warmup.* fields that a variant changes."""
+  return [n for n in config_io.differences(base, variant.config)
+          if n.startswith('warmup.')]
+
+
 def check(base: config_lib.Config, variants, overridden=()):
   """Drop repeated variants; refuse those that cannot be compared or run.
 
@@ -189,6 +196,11 @@ def check(base: config_lib.Config, variants, overridden=()):
       raise config_lib.ConfigError(
           f'variant {variant.name} changes {", ".join(unlike)}, but all '
           'variants of a seed share one warm-up; compare that separately')
+    if base.warmup.init and own_warmup(base, variant):
+      raise config_lib.ConfigError(
+          f'variant {variant.name} changes '
+          f'{", ".join(own_warmup(base, variant))}, but with --config.warmup.'
+          'init all start from one that is complete; leave that out')
     if variant.name in RESERVED:
       raise config_lib.ConfigError(
           f'a variant cannot be called {variant.name}; choose another name')

@@ -1,6 +1,7 @@
 """A resumable comparison in one directory: plan, run, report.
 
     DIR/warmup/seed_S     one warm-up per seed, from which all variants start
+                          that change none of warmup.*
     DIR/<variant>/seed_S  workdir of one run, with log.txt
     DIR/configs           the config of each process
     DIR/cache             compiled programs, shared by the processes
@@ -18,7 +19,7 @@ import tqdm
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io
-from mtp_rl.compare import jobs, summary
+from mtp_rl.compare import grid, jobs, summary
 from mtp_rl.report import comparison_figures, comparison_page, page
 from mtp_rl.run import checkpoint, metrics, signals
 
@@ -40,16 +41,22 @@ class Study(NamedTuple):
   seeds: list
   workdir: str
 
+  def shares_warmup(self, variant):
+    """Return whether a variant starts from the warm-up of all."""
+    warmup = self.base.warmup
+    return bool(warmup.steps and not warmup.init
+                and not grid.own_warmup(self.base, variant))
+
   def path(self, name, seed):
     """Return the workdir of a variant's run, or of 'warmup'."""
     return os.path.join(self.workdir, name, f'seed_{seed}')
 
 
-def _config(study: Study, config: config_lib.Config, seed):
+def _config(study: Study, variant: grid.Variant, seed):
   """Return the config of one run: its seed, and the warm-up it starts from."""
-  config = copy.deepcopy(config)
+  config = copy.deepcopy(variant.config)
   config.seed = seed
-  if not config.warmup.init and config.warmup.steps:
+  if study.shares_warmup(variant):
     config.warmup.init = study.path('warmup', seed)
   return config
 
@@ -93,10 +100,10 @@ def plan(study: Study):
     config.ConfigError: a workdir holds a run of another config.
   """
   os.makedirs(os.path.join(study.workdir, 'configs'), exist_ok=True)
-  out = []
+  out, shared = [], [v for v in study.variants if study.shares_warmup(v)]
   for seed in study.seeds:
     after = ''
-    if study.base.warmup.steps and not study.base.warmup.init:
+    if shared:
       config = copy.deepcopy(study.base)
       config.seed = seed
       workdir = study.path('warmup', seed)
@@ -106,8 +113,9 @@ def plan(study: Study):
     for variant in study.variants:
       workdir = study.path(variant.name, seed)
       out.append(_job(study, variant.name, seed, 'train',
-                      _config(study, variant.config, seed),
-                      lambda w=workdir: summary.is_complete(w), after))
+                      _config(study, variant, seed),
+                      lambda w=workdir: summary.is_complete(w),
+                      after if variant in shared else ''))
   return out
 
 
@@ -176,12 +184,14 @@ def run(study: Study, slots):
         not job.complete() for job in todo if job.name not in failed)
 
 
-def write_report(study: Study, failed=None):
+def write_report(study: Study, failed=None, least=None):
   """Write comparison.{json,md,html} and figures/ of the complete runs.
 
   Args:
     study: `Study`.
     failed: dict from `run`, or None.
+    least: held-out greedy accuracy from which a seed counts as solved; None:
+      shares are left out.
 
   Returns:
     path of comparison.md.
@@ -209,7 +219,7 @@ def write_report(study: Study, failed=None):
            for n in config_io.differences(v.config, study.base)}
            for v in study.variants}})
   path = os.path.join(study.workdir, 'comparison.md')
-  text = summary.markdown(rows, title)
+  text = summary.markdown(rows, title, least)
   if missing:
     text += f'\nWithout a complete run: {", ".join(missing)}.\n'
   with open(path, 'w', encoding='utf-8') as f:

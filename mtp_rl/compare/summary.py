@@ -21,6 +21,8 @@ METRICS = {
     'entropy': 'entropy',
     'lambda': 'mean lambda',
     'update_s': 's of updates a step',
+    'warmup_loss': 'loss after the warm-up',
+    'warmup_floor': 'its floor',
 }
 # Metrics whose paired differences the tables show; comparison.json has all.
 SHOWN = ('greedy', 'avg', 'reward', 'accept_expected', 'accept_length')
@@ -56,6 +58,7 @@ def run_values(rows):
                                            'timing_s/update'))
   # One step's rollouts are few: the last tenth of the steps.
   late = lambda name: column(name)[-max(len(steps) // 10, 1):]
+  first = rows[0] if rows else {}
   ends = {k: late(name) for k, name in (
       ('accept_expected', 'mtp_1/accept_expected'),
       ('accept_length', 'mtp/accept_length'), ('entropy', 'actor/entropy'))}
@@ -69,6 +72,8 @@ def run_values(rows):
       **{k: statistics.fmean(x) if x else None for k, x in ends.items()},
       'lambda': statistics.fmean(lambdas) if lambdas else None,
       'update_s': statistics.median(seconds) if seconds else None,
+      'warmup_loss': first.get('after_warmup/loss'),
+      'warmup_floor': first.get('after_warmup/floor'),
       **_by_set(last),
   }
   return {k: v for k, v in out.items() if v is not None}
@@ -124,7 +129,7 @@ def compare(variants, runs):
     mine = values[v.name]
     row = {'name': v.name, 'group': v.group, 'label': v.label,
            'regime': v.config.mtp.regime, 'seeds': sorted(runs[v.name]),
-           'values': mine, 'mean': {}, 'against': {}}
+           'values': mine, 'mean': {}, 'against': {}, 'baselines': {}}
     row['mean'] = {m: intervals.interval(mine[m].values())
                    for m in names if mine[m]}
     for regime in BASELINES:
@@ -133,6 +138,7 @@ def compare(variants, runs):
         found = {m: intervals.paired(mine[m], values[other.name][m])
                  for m in names}
         row['against'][regime] = {m: x for m, x in found.items() if x}
+        row['baselines'][regime] = other.label
     out.append(row)
   return out
 
@@ -173,11 +179,36 @@ def _differences(rows, regime, titles):
               for m in titles]] for label, found in held]
   if not lines:
     return ''
-  return tables.markdown([f'minus {regime}', 'pairs', *titles.values()],
+  other = next(r['baselines'][regime] for r in rows if regime in r['baselines'])
+  return tables.markdown([f'minus {other}', 'pairs', *titles.values()],
                          lines) + '\n'
 
 
-def markdown(rows, title):
+def solved(row, least):
+  """Return the `intervals.Interval` of the share of seeds that solve the task.
+
+  Args:
+    row: of `compare`.
+    least: held-out greedy accuracy from which a seed counts.
+  """
+  seen = row['values']['greedy'].values()
+  return intervals.share(sum(x >= least for x in seen), len(seen))
+
+
+def _solved(rows, least):
+  """Return the table of the shares of seeds that solve the task."""
+  lines = []
+  for row in rows:
+    x = solved(row, least)
+    lines.append([row['label'], *(
+        [f'{round(x.mean * x.n)} of {x.n}', f'[{x.low:.2f}, {x.high:.2f}]']
+        if x else ['', ''])])
+  return tables.markdown(
+      ['variant', f'seeds with greedy {least:g} or more', 'share, Wilson 95 %'],
+      lines) + '\n'
+
+
+def markdown(rows, title, least=None):
   """Return the tables: for each group the means and the paired differences.
 
   Where there are several held-out sets the same follows for each of them.
@@ -185,6 +216,7 @@ def markdown(rows, title):
   Args:
     rows: list from `compare`.
     title: first line.
+    least: adds the shares of seeds that reach it, see `solved`; None: not.
   """
   shown = [m for m in METRICS if any(m in r['mean'] for r in rows)]
   out = [f'# {title}\n\n'
@@ -205,6 +237,8 @@ def markdown(rows, title):
               _number(r['mean'][m].mean, m) if m in r['mean'] else ''
               for m in names]] for r in mine]) + '\n')
       compared = [m for m in (SHOWN if names is shown else sets) if m in names]
+      if least is not None and names is shown:
+        out.append(_solved(mine, least))
       out += [_differences(mine, regime, {m: titles[m] for m in compared})
               for regime in BASELINES]
   return ''.join(out).rstrip('\n') + '\n'

@@ -14,7 +14,7 @@ def _change(rows, name, digits=3):
 
 
 def lines(rows, summary, workdir):
-  """Return five lines.
+  """Return five lines, and one on the warm-up where its floor is known.
 
   Args:
     rows: of metrics.jsonl.
@@ -29,11 +29,16 @@ def lines(rows, summary, workdir):
     last |= {k: v for k, v in row.items() if v is not None}
   failed = sum(r.get(f'reward/{n}') or 0 for r in rows
                for n in ('errors', 'timeouts', 'crashes'))
-  lam = last.get('occ/lambda')
+  lam, floor = last.get('occ/lambda'), last.get('after_warmup/floor')
+  warm = [] if floor is None else [
+      f'loss of the main head at the end of the warm-up: '
+      f'{last["after_warmup/loss"]:.3f} nats a token; the least for this task '
+      f'is about {floor:.3f}']
   return [
       f'{summary["status"]}: step {summary["step"]} of {summary["steps"]}, '
       f'{summary["train_seconds"]:.0f} s of training'
       + _MEANS.get(summary['status'], ''),
+      *warm,
       f'held-out greedy, warm-up -> now: {shown or "not measured"}{more}',
       f'reward {_change(rows, "reward/mean")}; '
       f'skipped updates: {last.get("skipped_updates", 0)}; '

@@ -154,8 +154,12 @@ def coefficient(variants, runs, directory, title):
 
 
 def differences(rows, metric_name):
-  """Return [(label, regime, `intervals.Interval`)] of rows of one group."""
-  return [(r['label'], regime, found[metric_name])
+  """Return [(name, regime, `intervals.Interval`)] of rows of one group.
+
+  The name is 'variant - baseline'; the regime is the baseline's.
+  """
+  return [(f'{r["label"]} - {r["baselines"][regime]}', regime,
+           found[metric_name])
           for r in rows for regime, found in r['against'].items()
           if found.get(metric_name) is not None]
 
@@ -173,7 +177,7 @@ def forest(rows, directory, title):
     return
   groups = list(dict.fromkeys(r['group'] for r in rows))
   names = {g: list(dict.fromkeys(
-      (label, regime) for m in SHOWN for label, regime, _ in differences(
+      name for m in SHOWN for name, _, _ in differences(
           [r for r in rows if r['group'] == g], m))) for g in groups}
   heights = [.24 * len(names[g]) + .8 for g in groups]
   figure, axes = _figure(len(groups), len(SHOWN), title, width=3.6,
@@ -181,18 +185,17 @@ def forest(rows, directory, title):
                          height_ratios=heights)
   for panels, group in zip(axes, groups):
     mine = [r for r in rows if r['group'] == group]
-    places = {pair: -i for i, pair in enumerate(names[group])}
+    places = {name: -i for i, name in enumerate(names[group])}
     for axis, (key, name) in zip(panels, SHOWN.items()):
       axis.axvline(0, color=style.GREY, lw=.8, zorder=0)
-      for label, regime, found in differences(mine, key):
+      for pair, regime, found in differences(mine, key):
         line = style.REGIMES[regime]
-        axis.errorbar(found.mean, places[label, regime], xerr=_error(found),
+        axis.errorbar(found.mean, places[pair], xerr=_error(found),
                       fmt=line.marker, ms=4, lw=1.2, color=line.colour,
                       capsize=2)
       axis.set_ylim(-len(places) + .4, .6)
       axis.set_yticks(list(places.values()), [
-          f'{label} - {regime}' if axis is panels[0] else ''
-          for label, regime in places], fontsize=8)
+          pair if axis is panels[0] else '' for pair in places], fontsize=8)
       axis.set_title(f'{group}: {name}', fontsize=9)
       axis.set_xlabel('difference', fontsize=8)
       axis.tick_params(axis='x', labelsize=8)

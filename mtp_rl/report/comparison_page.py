@@ -33,10 +33,10 @@ def _forest(rows):
   """Return the panels of a group's paired differences."""
   panels = []
   for metric, name in figures.SHOWN.items():
-    marks = [{'label': f'{label} − {regime}', 'marks': [  # noqa: RUF001
+    marks = [{'label': pair.replace(' - ', ' − '), 'marks': [  # noqa: RUF001
         {'mean': found.mean, 'low': found.low, 'high': found.high,
          'label': f'minus {regime}', **style.REGIMES[regime]._asdict()}]}
-             for label, regime, found in figures.differences(rows, metric)]
+             for pair, regime, found in figures.differences(rows, metric)]
     used = {m['label']: m for r in marks for m in r['marks']}
     if marks:
       panels.append({'title': name, 'unit': 'difference',

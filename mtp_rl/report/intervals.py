@@ -1,4 +1,4 @@
-"""Means with 95 % intervals: Student's t, pairs by seed, the bootstrap."""
+"""Means and shares with 95 % intervals: Student's t, Wilson, the bootstrap."""
 
 import math
 import statistics
@@ -37,6 +37,14 @@ def paired(values, baseline):
   """
   return interval(values[s] - baseline[s] for s in sorted(values)
                   if s in baseline)
+
+
+def share(count, n):
+  """Return Wilson's `Interval` (1927) of count of n; None where n is 0."""
+  if not n:
+    return None
+  ends = stats.binomtest(count, n).proportion_ci(method='wilson')
+  return Interval(count / n, float(ends.low), float(ends.high), n)
 
 
 def p_value(x):

@@ -24,8 +24,9 @@ MODULES = {'arithmetic': 'mtp_rl.tasks.arithmetic',
 class Task(Protocol):
   """The interface of a task.
 
-  A task may have two more members: `fit(max_prompt)`, which drops prompts of
-  more tokens, and `report`, a dict about its data that the workdir keeps.
+  A task may have three more members: `fit(max_prompt)`, which drops prompts of
+  more tokens, `report`, a dict about its data that the workdir keeps, and
+  `floor`, about the least loss of the main head in the warm-up, nats a token.
   """
 
   tokenizer: tokenizers.CharTokenizer | tokenizers.SubwordTokenizer

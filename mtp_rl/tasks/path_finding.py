@@ -36,6 +36,8 @@ def first_hop(example, completion):
 class PathFinding(generated.Generated):
   """See the module's text; members as in `tasks.Task`."""
 
+  floor = 0.  # the prompt determines the path
+
   def __init__(self, task_config: config_lib.Task, seed):
     t = task_config
     if t.degree < 2 or t.arm < 2:
