@@ -10,6 +10,24 @@ the arm (experiments/results/README.md, "Path finding as it comes"). There the
 warm-up stops just before it solves the task alone: in the earlier version 200
 steps of it already reached 1.0, so with another batch or learning rate nothing
 may be left for RL to improve.
+
+Supervised training alone, arms of three edges and ten names (the small
+published size, arXiv 2403.06963), registered before the run, after pilots of
+one seed with arms of two edges:
+
+    python -m experiments.compare --config=configs/path_finding.py \
+        --workdir=DIR --seeds=10 --jobs=2 --config.mtp.regime=detach \
+        --config.rl.steps=0 --config.warmup.steps=1000 --config.task.arm=3 \
+        --config.task.nodes=10 --config.rollout.max_prompt=16 \
+        --config.rollout.max_response=4 --config.task.held_out=1000 \
+        --config.eval.samples=1 --solved=.9 \
+        --variants='next:warmup.mtp_coef=0;module:warmup.mtp_coef=1'
+
+- Hypothesis: with the module's loss in the warm-up more seeds solve the task.
+- Measure: shares of seeds with a held-out greedy accuracy of .9 or more (to
+  guess the arm gives .5), with Wilson's intervals.
+- Seeds 0 to 9, or those of which both variants are complete after 30 minutes on
+  two cores.
 """
 
 from mtp_rl import config as config_lib
