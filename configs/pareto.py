@@ -22,7 +22,7 @@ Registered before the run of these seeds (0 to 9), after a pilot on seeds 100,
 All variants, Detach as well, train the modules themselves by KL.
 
 The quickstart, one module applied three times; registered before the run, with
-no pilot of its own, and not run yet:
+no pilot of its own:
 
     F='rl.dual_clip=3,mtp.psi_loss=kl,mtp.regime'; K='fixed,mtp.theta_loss=kl'
     python -m experiments.compare --config=configs/quickstart.py \

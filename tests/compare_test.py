@@ -370,7 +370,7 @@ def test_a_comparison_from_warm_up_to_figures(real, monkeypatch):
 
 
 @pytest.mark.filterwarnings('error')
-def test_the_trade_of_drafts_against_accuracy_is_drawn(tmp_path):
+def test_the_trade_of_drafts_against_accuracy_is_drawn(tmp_path, monkeypatch):
   base = conftest.tiny_config()
   variants = grid.preset_variants(base, 'pareto')
   row = lambda acc, drafts: {'step': 1, 'val/a/avg@4': acc,
@@ -384,6 +384,16 @@ def test_the_trade_of_drafts_against_accuracy_is_drawn(tmp_path):
   # The second variant is detach, the third ce-0.1: .01 more at each seed.
   assert found['ce-0.1']['avg'].mean == pytest.approx(.01)
   assert found['ce-0.1']['accept_expected'].mean == pytest.approx(.03)
+  for some in runs.values():
+    for (one,) in some.values():
+      one |= {'mtp_2/accept_cumulative': .1, 'mtp/accept_length': .6}
+  drawn = []
+  monkeypatch.setattr(comparison_figures.style, 'save',
+                      lambda figure, *_: drawn.append(figure.axes[0]))
+  for measured in (rows, summary.compare(variants, runs)):
+    comparison_figures.trade(measured, '', 'title')
+  assert [axis.get_xlabel() for axis in drawn] == [
+      'drafts accepted, minus Detach', 'drafts accepted in a row, minus Detach']
 
 
 @pytest.mark.filterwarnings('error')

@@ -213,6 +213,8 @@ def _error(found):
 def trade(rows, directory, title):
   """Draw what drafts gain against what held-out accuracy loses, over Detach.
 
+  Drafts in a row, where a run measures several.
+
   Args:
     rows: list from `compare.summary.compare`.
     directory: where trade.png goes.
@@ -220,8 +222,9 @@ def trade(rows, directory, title):
   """
   pairs = [(r, r['against'].get('detach', {})) for r in rows
            if r['regime'] != 'rl_only']  # its modules are frozen
-  pairs = [(r, x) for r, x in pairs if x.get('avg') and x.get(
-      'accept_expected')]
+  several = any(x.get('accept_length') for _, x in pairs)
+  drafts = 'accept_length' if several else 'accept_expected'
+  pairs = [(r, x) for r, x in pairs if x.get('avg') and x.get(drafts)]
   if not pairs:
     return
   groups = list(dict.fromkeys(r['group'] for r, _ in pairs))
@@ -230,7 +233,7 @@ def trade(rows, directory, title):
     mine = [(r, x) for r, x in pairs if r['group'] == group]
     styles = style.variants({r['label']: r['regime'] for r, _ in mine})
     for r, found in mine:
-      x, y, line = found['accept_expected'], found['avg'], styles[r['label']]
+      x, y, line = found[drafts], found['avg'], styles[r['label']]
       axis.errorbar(x.mean, y.mean, xerr=_error(x), yerr=_error(y), ms=5,
                     fmt=line.marker, lw=.8, color=line.colour,
                     label=r['label'])
@@ -238,7 +241,7 @@ def trade(rows, directory, title):
     axis.axvline(0, color=style.GREY, lw=.8, zorder=0)
     axis.set_title(f'{group}: right of and not below Detach is a gain',
                    fontsize=10)
-    axis.set_xlabel('drafts accepted, minus Detach')
+    axis.set_xlabel(f'drafts accepted{" in a row" * several}, minus Detach')
     axis.set_ylabel('held-out avg@k, minus Detach')
     axis.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     axis.grid(alpha=.25)
