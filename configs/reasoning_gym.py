@@ -23,7 +23,7 @@ seed (KL .3: 1.8 points more drafts accepted, avg@4 1.1 points lower):
 - Hypothesis: where theta also follows the KL of the main head, more drafts are
   accepted than under detach, by 3 points or more, and accuracy is not lower.
 - Measures, paired by seed against detach: drafts accepted (mean over the last
-  tenth of the steps) and held-out avg@4 on all 577 questions after the last step.
+  tenth of the steps) and held-out avg@4 on all 577 questions at the end.
   Goal: mean 3 points or more and an interval above 0 for the first, an interval
   above -1 point for the second.
 - Seeds 0 to 9, or those of which all three variants are complete after 40
