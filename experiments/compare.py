@@ -8,8 +8,9 @@ Overrides such as --config.rl.steps=60 apply to all of them. Ctrl-C or SIGTERM
 stops; the same command resumes. Variants can also be given freely, with presets
 or without:
     --variants='a:mtp.regime=occ;b:mtp.regime=occ,occ.estimator=curvature'
-A variant that changes warmup.* has a warm-up of its own; with
---config.rl.steps=0 that compares supervised training alone:
+A variant that changes warmup.* has a warm-up of its own, under all its own
+settings; this compares supervised training alone:
+    --config.mtp.regime=detach --config.rl.steps=0 \
     --variants='next:warmup.mtp_coef=0;joint:warmup.mtp_coef=1'
 """
 
@@ -34,8 +35,9 @@ _COEF = flags.DEFINE_float(
 _SEEDS = flags.DEFINE_integer('seeds', 5, 'Number of seeds.', lower_bound=1)
 _JOBS = flags.DEFINE_integer('jobs', 1, 'Runs at a time.', lower_bound=1)
 _SOLVED = flags.DEFINE_float(
-    'solved', None, 'Held-out greedy accuracy from which a seed counts as '
-    'solved; the tables then have the shares.')
+    'solved', None, 'Held-out greedy accuracy (mean of the sets) from which a '
+    'seed counts as solved; comparison.md then has the shares.',
+    lower_bound=0., upper_bound=1.)
 _REPORT_ONLY = flags.DEFINE_bool('report_only', False, 'Only write the report.')
 
 

@@ -11,7 +11,7 @@ import statistics
 import jax
 import numpy as np
 
-from mtp_rl import distributed, prng, sharding, train_step, tree
+from mtp_rl import config_io, distributed, prng, sharding, train_step, tree
 from mtp_rl.models import pretrained
 from mtp_rl.rollout import layout, slots
 from mtp_rl.rollout import prompts as prompts_lib
@@ -148,21 +148,23 @@ def outcome(run: workdir_lib.Run):
   """Return what the warm-up reached, the metrics `after_warmup/...`.
 
   `loss` is the main head's loss, mean of the last five rows of warmup.jsonl;
-  {} where the run has no warm-up on solutions.
+  {} where the run has no warm-up on solutions. `floor` is the task's, and left
+  out where the warm-up was one of another task or seed.
 
   Args:
     run: `workdir.Run`, whose warm-up is complete.
   """
-  if run.config.warmup.data == 'samples':
-    return {}
-  path = run.config.warmup.init or run.workdir
+  config, home = run.config, run.config.warmup.init or run.workdir
+  warmed = config if home == run.workdir else config_io.load(
+      os.path.join(home, 'config.json'))
   losses = [row['warmup/loss'] for row in metrics.read(
-      os.path.join(path, 'warmup.jsonl'))[-_LAST_ROWS:]
+      os.path.join(home, 'warmup.jsonl'))[-_LAST_ROWS:]
             if row.get('warmup/loss') is not None]
-  if not losses:
+  if warmed.warmup.data == 'samples' or not losses:
     return {}
-  out = {'after_warmup/loss': statistics.fmean(losses)}
-  floor = getattr(run.task, 'floor', None)
+  out, floor = {'after_warmup/loss': statistics.fmean(losses)}, None
+  if (warmed.task, warmed.seed) == (config.task, config.seed):
+    floor = getattr(run.task, 'floor', None)
   return out if floor is None else out | {'after_warmup/floor': floor}
 
 

@@ -84,6 +84,11 @@ def test_shares_of_seeds_that_solve_a_task():
   assert '| b | 0 of 3 | [0.00, 0.56] |' in text
   assert '| minus a |' in text  # the first is the baseline of its regime
   assert 'Wilson' not in summary.markdown(rows, 'title')
+  assert comparison_figures.differences(rows, 'greedy') == [
+      ('b', 'a', 'detach', rows[1]['against']['detach']['greedy'])]
+  runs = {name: {0: [{'step': 1, 'reward/mean': 1.}]} for name in 'ab'}
+  assert 'Wilson' not in summary.markdown(
+      summary.compare(variants, runs), 'title', .9)
 
 
 def test_values_of_a_run():
@@ -193,8 +198,9 @@ def test_free_variants():
     ('../a:', (), 'cannot name a directory'),
     ('cache:', (), 'cannot be called cache'),
     ('a:seed=3', (), 'seed'),
-    ('a:mtp.modules=2', (), 'share one warm-up'),
-    ('a:mtp.kind=parallel', (), 'share one warm-up'),
+    ('a:mtp.modules=2', (), 'which all variants of a comparison share'),
+    ('a:mtp.kind=parallel', (), 'which all variants of a comparison share'),
+    ('a:warmup.init=x', (), 'changes warmup.init, which all'),
     ('a:rl.loss=gspo', (), 'variant a: rl.loss=gspo has no dual clip'),
     ('a:;a:rl.lr=1', (), 'two variants are called a'),
     ('a:rl.lr=1', ('rl.lr',), '--config.rl.lr is overruled by variant a'),
@@ -393,7 +399,7 @@ def test_the_trade_of_drafts_against_accuracy_is_drawn(tmp_path, monkeypatch):
   for measured in (rows, summary.compare(variants, runs)):
     comparison_figures.trade(measured, '', 'title')
   assert [axis.get_xlabel() for axis in drawn] == [
-      'drafts accepted, minus Detach', 'drafts accepted in a row, minus Detach']
+      'drafts accepted, minus detach', 'drafts accepted in a row, minus detach']
 
 
 @pytest.mark.filterwarnings('error')

@@ -344,7 +344,7 @@ def test_five_closing_lines_say_what_was_reached():
   rows[0] |= {'after_warmup/loss': .51, 'after_warmup/floor': .3249}
   lines = closing.lines(rows, summary, 'DIR')
   assert len(lines) == 6 and 'warm-up: 0.510 nats a token' in lines[1]
-  assert lines[1].endswith('is about 0.325')
+  assert lines[1].endswith('where nothing is memorised, is about 0.325')
 
 
 def test_the_bar_says_that_it_compiles_until_the_first_step(capsys):

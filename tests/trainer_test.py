@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -195,6 +196,30 @@ def test_rl_from_another_runs_warm_up_is_the_same_run(whole, tmp_path):
   trainer.train(config, str(tmp_path))
   _identical(_state(config, str(tmp_path)).params,
              _state(_config(), workdir).params)
+
+
+def test_the_first_row_says_what_the_warm_up_reached(whole, tmp_path):
+  workdir, _ = whole
+  losses = [r['warmup/loss'] for r in _rows(workdir, 'warmup.jsonl')]
+  loss = {'after_warmup/loss': pytest.approx(np.mean(losses[-5:]))}
+  first = _rows(workdir)[0]
+  assert {k: v for k, v in first.items() if k.startswith('after')} == loss
+  task = types.SimpleNamespace(floor=.2)
+  outcome = lambda **kw: warmup.outcome(workdir_lib.Run(
+      _config(**kw), str(tmp_path), task, None, None))
+  assert outcome() == {}  # there is no warm-up
+  init = dict(warmup=dict(init=workdir))
+  assert outcome(**init) == loss | {'after_warmup/floor': .2}
+  assert outcome(**init, seed=9) == loss  # another graph has another floor
+
+
+def test_a_damaged_row_of_the_other_warm_up_is_named(whole, tmp_path):
+  other = tmp_path / 'warm'
+  shutil.copytree(whole[0], other)
+  with open(other / 'warmup.jsonl', 'a', encoding='utf-8') as f:
+    f.write('[]\n')
+  _refused(_config(warmup=dict(init=str(other))), tmp_path / 'run',
+           'warmup.jsonl is damaged')
 
 
 def _refused(config, workdir, said):

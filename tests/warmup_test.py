@@ -77,7 +77,8 @@ def test_the_modules_learn_and_the_pretrained_trunk_stays(whole, folder):
   rows = _rows(workdir, 'warmup.jsonl')
   assert [r['step'] for r in rows] == [20, 21]
   assert all(0 <= r['mtp_1/accept_top1'] <= 1 for r in rows)
-  last = _rows(workdir, 'metrics.jsonl')[-1]
+  first, *_, last = _rows(workdir, 'metrics.jsonl')
+  assert 'after_warmup/loss' not in first  # of its own samples, not solutions
   for row in (*rows, last):  # one module, two depths
     first, second = (row[f'mtp_{k}/accept_cumulative'] for k in (1, 2))
     np.testing.assert_allclose(first, row['mtp_1/accept_expected'], rtol=1e-6)

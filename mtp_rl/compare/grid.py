@@ -38,9 +38,10 @@ PARETO = {'ce': (.1, .3), 'kl': (.3, 1.), 'tv': (1., 3.), 'policy': (.3,)}
 # Names of a comparison's own folders, which no variant may take.
 RESERVED = ('warmup', 'configs', 'cache', 'figures')
 # What all variants share, because the warm-up is trained with it. One that
-# changes warmup.* has a warm-up of its own.
-_SHARED = ('seed', 'model.', 'task.', 'mesh.', 'mtp.modules',
-           'mtp.unroll', 'mtp.kind', 'mtp.concat', 'mtp.hidden', 'rollout.max_')
+# changes warmup.* has a warm-up of its own, under all its own settings.
+_SHARED = ('seed', 'model.', 'task.', 'mesh.', 'mtp.modules', 'mtp.unroll',
+           'mtp.kind', 'mtp.concat', 'mtp.hidden', 'rollout.max_',
+           'warmup.init')
 
 
 class Variant(NamedTuple):
@@ -194,13 +195,14 @@ def check(base: config_lib.Config, variants, overridden=()):
     unlike = [n for n in changed if n.startswith(_SHARED)]
     if unlike:
       raise config_lib.ConfigError(
-          f'variant {variant.name} changes {", ".join(unlike)}, but all '
-          'variants of a seed share one warm-up; compare that separately')
+          f'variant {variant.name} changes {", ".join(unlike)}, which all '
+          'variants of a comparison share; compare that separately')
     if base.warmup.init and own_warmup(base, variant):
       raise config_lib.ConfigError(
           f'variant {variant.name} changes '
-          f'{", ".join(own_warmup(base, variant))}, but with --config.warmup.'
-          'init all start from one that is complete; leave that out')
+          f'{", ".join(own_warmup(base, variant))}, but --config.warmup.init '
+          'gives all of them one that is complete; leave --config.warmup.init '
+          'out')
     if variant.name in RESERVED:
       raise config_lib.ConfigError(
           f'a variant cannot be called {variant.name}; choose another name')

@@ -31,7 +31,7 @@ class Study(NamedTuple):
   """A comparison: its variants, seeds and directory.
 
   Attributes:
-    base: `config.Config` of the warm-ups.
+    base: `config.Config` of the shared warm-ups.
     variants: list of `grid.Variant`, checked.
     seeds: list of ints.
     workdir: directory of the comparison.

@@ -1,7 +1,8 @@
 """Seed-paired statistics of complete runs, and their tables.
 
-Differences are taken within a seed (both runs start from one warm-up) and then
-averaged; the 95 % interval is Student's t over the seeds.
+Differences are taken within a seed (both runs start from one warm-up, unless
+they change it) and then averaged; the 95 % interval is Student's t over the
+seeds.
 """
 
 import json
@@ -189,7 +190,7 @@ def solved(row, least):
 
   Args:
     row: of `compare`.
-    least: held-out greedy accuracy from which a seed counts.
+    least: held-out greedy accuracy, mean of the sets, from which a seed counts.
   """
   seen = row['values']['greedy'].values()
   return intervals.share(sum(x >= least for x in seen), len(seen))
@@ -237,7 +238,7 @@ def markdown(rows, title, least=None):
               _number(r['mean'][m].mean, m) if m in r['mean'] else ''
               for m in names]] for r in mine]) + '\n')
       compared = [m for m in (SHOWN if names is shown else sets) if m in names]
-      if least is not None and names is shown:
+      if least is not None and names is shown and 'greedy' in names:
         out.append(_solved(mine, least))
       out += [_differences(mine, regime, {m: titles[m] for m in compared})
               for regime in BASELINES]

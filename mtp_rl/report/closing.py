@@ -32,8 +32,8 @@ def lines(rows, summary, workdir):
   lam, floor = last.get('occ/lambda'), last.get('after_warmup/floor')
   warm = [] if floor is None else [
       f'loss of the main head at the end of the warm-up: '
-      f'{last["after_warmup/loss"]:.3f} nats a token; the least for this task '
-      f'is about {floor:.3f}']
+      f'{last["after_warmup/loss"]:.3f} nats a token; its floor, where '
+      f'nothing is memorised, is about {floor:.3f}']
   return [
       f'{summary["status"]}: step {summary["step"]} of {summary["steps"]}, '
       f'{summary["train_seconds"]:.0f} s of training'

@@ -8,7 +8,8 @@ from mtp_rl.report import style
 _DASHES = {'solid': '-', 'dashed': '--', 'dotted': ':', 'dashdot': '-.'}
 SHOWN = {'greedy': 'held-out greedy', 'avg': 'held-out avg@k',
          'reward': 'reward, mean of all steps',
-         'accept_expected': 'drafts accepted'}
+         'accept_expected': 'drafts accepted',
+         'accept_length': 'drafts accepted in a row'}
 
 
 def lines(variants):
@@ -154,12 +155,13 @@ def coefficient(variants, runs, directory, title):
 
 
 def differences(rows, metric_name):
-  """Return [(name, regime, `intervals.Interval`)] of rows of one group.
+  """Return [(variant, baseline, its regime, `intervals.Interval`)].
 
-  The name is 'variant - baseline'; the regime is the baseline's.
+  Args:
+    rows: of one group.
+    metric_name: whose differences.
   """
-  return [(f'{r["label"]} - {r["baselines"][regime]}', regime,
-           found[metric_name])
+  return [(r['label'], r['baselines'][regime], regime, found[metric_name])
           for r in rows for regime, found in r['against'].items()
           if found.get(metric_name) is not None]
 
@@ -176,27 +178,29 @@ def forest(rows, directory, title):
   if not rows:
     return
   groups = list(dict.fromkeys(r['group'] for r in rows))
+  shown = [m for m in SHOWN if differences(rows, m)]
   names = {g: list(dict.fromkeys(
-      name for m in SHOWN for name, _, _ in differences(
+      pair[:2] for m in shown for pair in differences(
           [r for r in rows if r['group'] == g], m))) for g in groups}
   heights = [.24 * len(names[g]) + .8 for g in groups]
-  figure, axes = _figure(len(groups), len(SHOWN), title, width=3.6,
+  figure, axes = _figure(len(groups), len(shown), title, width=3.6,
                          height=sum(heights) / len(groups),
                          height_ratios=heights)
   for panels, group in zip(axes, groups):
     mine = [r for r in rows if r['group'] == group]
-    places = {name: -i for i, name in enumerate(names[group])}
-    for axis, (key, name) in zip(panels, SHOWN.items()):
+    places = {pair: -i for i, pair in enumerate(names[group])}
+    for axis, key in zip(panels, shown):
       axis.axvline(0, color=style.GREY, lw=.8, zorder=0)
-      for pair, regime, found in differences(mine, key):
+      for label, other, regime, found in differences(mine, key):
         line = style.REGIMES[regime]
-        axis.errorbar(found.mean, places[pair], xerr=_error(found),
+        axis.errorbar(found.mean, places[label, other], xerr=_error(found),
                       fmt=line.marker, ms=4, lw=1.2, color=line.colour,
                       capsize=2)
       axis.set_ylim(-len(places) + .4, .6)
       axis.set_yticks(list(places.values()), [
-          pair if axis is panels[0] else '' for pair in places], fontsize=8)
-      axis.set_title(f'{group}: {name}', fontsize=9)
+          ' - '.join(pair) if axis is panels[0] else '' for pair in places],
+                      fontsize=8)
+      axis.set_title(f'{group}: {SHOWN[key]}', fontsize=9)
       axis.set_xlabel('difference', fontsize=8)
       axis.tick_params(axis='x', labelsize=8)
       axis.xaxis.set_major_locator(ticker.MaxNLocator(4))
@@ -239,10 +243,11 @@ def trade(rows, directory, title):
                     label=r['label'])
     axis.axhline(0, color=style.GREY, lw=.8, zorder=0)
     axis.axvline(0, color=style.GREY, lw=.8, zorder=0)
-    axis.set_title(f'{group}: right of and not below Detach is a gain',
+    other = mine[0][0]['baselines']['detach']
+    axis.set_title(f'{group}: right of and not below {other} is a gain',
                    fontsize=10)
-    axis.set_xlabel(f'drafts accepted{" in a row" * several}, minus Detach')
-    axis.set_ylabel('held-out avg@k, minus Detach')
+    axis.set_xlabel(f'drafts accepted{" in a row" * several}, minus {other}')
+    axis.set_ylabel(f'held-out avg@k, minus {other}')
     axis.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     axis.grid(alpha=.25)
   style.save(figure, directory, 'trade')

@@ -33,10 +33,11 @@ def _forest(rows):
   """Return the panels of a group's paired differences."""
   panels = []
   for metric, name in figures.SHOWN.items():
-    marks = [{'label': pair.replace(' - ', ' − '), 'marks': [  # noqa: RUF001
+    marks = [{'label': f'{label} − {other}', 'marks': [  # noqa: RUF001
         {'mean': found.mean, 'low': found.low, 'high': found.high,
-         'label': f'minus {regime}', **style.REGIMES[regime]._asdict()}]}
-             for pair, regime, found in figures.differences(rows, metric)]
+         'label': f'minus {other}', **style.REGIMES[regime]._asdict()}]}
+             for label, other, regime, found in figures.differences(
+                 rows, metric)]
     used = {m['label']: m for r in marks for m in r['marks']}
     if marks:
       panels.append({'title': name, 'unit': 'difference',

@@ -26,7 +26,8 @@ class Task(Protocol):
 
   A task may have three more members: `fit(max_prompt)`, which drops prompts of
   more tokens, `report`, a dict about its data that the workdir keeps, and
-  `floor`, about the least loss of the main head in the warm-up, nats a token.
+  `floor`, the main head's least loss in the warm-up without memorising single
+  solutions, nats a token.
   """
 
   tokenizer: tokenizers.CharTokenizer | tokenizers.SubwordTokenizer
