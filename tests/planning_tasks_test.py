@@ -216,7 +216,7 @@ def test_a_small_task_ends_its_search_for_held_out_problems():
     (dict(DAG, edge_prob=1.), 'task.edge_prob=1.0'),
     (dict(DAG, taught=1.), 'task.taught=1.0 must lie'),
     (dict(DAG, taught=.99), 'task.taught=0.99 leaves too few'),
-    (dict(DAG, held_out=48), 'task.held_out=48 is more than half of the 94'),
+    (dict(DAG, held_out=94), 'task.held_out=94 leaves none of the 94 pairs'),
     (dict(DAG, nodes=4, edge_prob=.01), 'pairs at a distance of two edges'),
     (dict(SUBSET, min_terms=6), 'task.min_terms=6'),
     (dict(SUBSET, max_terms=12), 'task.max_terms=12'),

@@ -84,11 +84,11 @@ class DagPlanning(generated.Generated):
                     for s, g in np.concatenate([near, far[:taught]])]
     self.floor = self._floor()
     left = far[taught:]
-    if len(left) < 2 * t.held_out:
+    if len(left) <= t.held_out:
       raise config_lib.ConfigError(
-          f'task.held_out={t.held_out} is more than half of the {len(left)} '
-          'pairs that task dag_planning has left for RL and evaluation; lower '
-          'it, or raise task.nodes')
+          f'task.held_out={t.held_out} leaves none of the {len(left)} pairs '
+          'that task dag_planning has for RL and evaluation to RL; lower it, '
+          'or raise task.nodes')
     held, self._asked = left[:t.held_out], left[t.held_out:]
     self._held_out = {self._example(*pair).prompt for pair in held}
     self._test = self._by_degree(held)
