@@ -10,10 +10,12 @@ Source: the setting of arXiv 2405.09220 and 2509.23186. Supervised data are
 random walks between a share of the pairs, so some goals are reachable from a
 node by a path that no walk showed whole: the *degree* of a pair is the least
 number of edges from the start to a node that some walk to the same goal went
-through. Degree 1 needs what was shown; from degree 2 on the reachability of the
-goal must be composed of several walks. Next-token training learns the edges
-and what was shown, and falls short of the rest. What differs from the papers:
-rotary positions and gated MLPs, the model's own, and every node is one token.
+on to (its own start does not count, since no token of the walk predicts it).
+Degree 1 needs what was shown; from degree 2 on the reachability of the goal
+must be composed of several walks. Next-token training learns the edges and what
+was shown, and falls short of the rest. What differs from the papers: rotary
+positions and gated MLPs, the model's own, and the answer does not repeat the
+start before it goes on.
 
 The pairs without an edge are split three ways: `taught` of them are supervised,
 `task.held_out` at random are for evaluation (sets by degree), and RL draws its
@@ -126,16 +128,16 @@ class DagPlanning(generated.Generated):
     return nats / tokens
 
   def _by_degree(self, pairs):
-    """Return {'degree_<d>': examples} of pairs; 2 is 2 and more."""
-    shown = np.zeros_like(self.edges)  # [node, goal]: on a walk to the goal
-    for start, goal, walks in self._taught:
-      shown[[start, *(n for walk in walks for n in walk)], goal] = True
+    """Return {'degree_<d>': examples} of pairs; 3 is 3 and more."""
+    shown = np.zeros_like(self.edges)  # [node, goal]: a walk to it went on to
+    for _, goal, walks in self._taught:
+      shown[[n for walk in walks for n in walk], goal] = True
     sets = {}
     for start, goal in pairs:
       degree, nodes = 0, np.arange(len(shown)) == start
       while not (nodes & shown[:, goal]).any():
         nodes, degree = self.edges[nodes].any(0), degree + 1
-      name = f'degree_{min(degree, 2)}'
+      name = f'degree_{min(degree, 3)}'
       sets.setdefault(name, []).append(self._example(start, goal))
     return dict(sorted(sets.items()))
 
