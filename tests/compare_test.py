@@ -351,6 +351,9 @@ def test_a_comparison_from_warm_up_to_figures(real, monkeypatch):
   with open(study.write_report(real), encoding='utf-8') as f:
     text = f.read()
   assert '| minus cut |' in text and '| minus still |' in text
+  assert 'Wilson' not in text
+  with open(study.write_report(real, least=0.), encoding='utf-8') as f:
+    assert '| cut | 2 of 2 | [0.34, 1.00] |' in f.read()
   with open(os.path.join(real.workdir, 'comparison.json'),
             encoding='utf-8') as f:
     still, cut = json.load(f)['variants']

@@ -158,7 +158,7 @@ def test_degree_counts_the_edges_to_what_was_shown():
         front, degree = {b for a in front for b in after[a]}, degree + 1
       assert label == f'degree_{min(degree, 3)}'
       degrees[degree] += 1
-  assert degrees[0] and degrees[1] and degrees[2]
+  assert all(degrees[d] for d in range(4))
 
 
 def test_the_floor_is_the_log_of_the_choices():

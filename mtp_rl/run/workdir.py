@@ -89,6 +89,7 @@ def setup(config: config_lib.Config, workdir):
   with distributed.together():
     if config.warmup.init:
       task.tokenizer = _tokenizer_of_warmup(config.warmup.init)
+      # Names damage now; the first row of metrics.jsonl is made from it.
       metrics.read(os.path.join(config.warmup.init, 'warmup.jsonl'), ('step',))
     _check_lengths(config, task)
     run = _run(config, workdir, task, mesh)

@@ -10,7 +10,7 @@ Source: the setting of arXiv 2405.09220 and 2509.23186. Supervised data are
 random walks between a share of the pairs, so some goals are reachable from a
 node by a path that no walk showed whole: the *degree* of a pair is the least
 number of edges from the start to a node that some walk to the same goal went
-on to (its own start does not count, since no token of the walk predicts it).
+on to (a walk's own start does not count: the model does not learn to name it).
 Degree 1 needs what was shown; from degree 2 on the reachability of the goal
 must be composed of several walks. Next-token training learns the edges and what
 was shown, and falls short of the rest. What differs from the papers: rotary
