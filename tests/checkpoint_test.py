@@ -221,3 +221,19 @@ def test_a_folder_may_be_renamed_under_a_sum_taken_early(tmp_path, monkeypatch):
   early.close()
   assert 'tmp' in tried[0]
   assert early.hash(str(tmp_path / '3.part' / name)) == _hash(b'abc')
+
+
+def test_a_folder_may_be_renamed_once_the_processes_have_met(
+    tmp_path, monkeypatch):
+  """Process 0 gives it its name while another may still write lines."""
+  folder = tmp_path / '3.part'
+  folder.mkdir()
+  (folder / 'a').write_bytes(b'abc')
+  split = checksums.distributed.split
+  def meets(work, rows):
+    sums = split(work, rows)
+    os.rename(folder, tmp_path / '3')
+    return sums
+  monkeypatch.setattr(checksums.distributed, 'split', meets)
+  assert checksums._lines(str(folder), ['a']) == [
+      f'{_hash(b"abc"):013x} 3 a\n']

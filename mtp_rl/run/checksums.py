@@ -93,12 +93,16 @@ class Early:
 
 
 def _lines(folder, names, take=_hash):
-  """Return the lines of files: hash, bytes and name; '' for one unreadable."""
+  """Return the lines of files: hash, bytes and name; '' for one unreadable.
+
+  No file is touched once the processes have met: process 0 may then rename the
+  folder while another one is still here.
+  """
   paths = [os.path.join(folder, name) for name in names]
+  sizes = [os.path.getsize(p) if os.path.exists(p) else -1 for p in paths]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     sums = distributed.split(lambda part: list(pool.map(take, paths[part])),
                              len(paths))
-  sizes = [os.path.getsize(p) if os.path.exists(p) else -1 for p in paths]
   return ['' if math.isnan(value) else f'{int(value):013x} {size} {name}\n'
           for name, value, size in zip(names, sums, sizes)]
 
