@@ -28,8 +28,8 @@ seed (KL .3: 1.8 points more drafts accepted, avg@4 1.1 points lower):
   above -1 point for the second.
 - Seeds 0 to 9, or those of which all three variants are complete after 60
   minutes on two cores; Holm within the table. First registered with 300 steps
-  and 40 minutes, and begun; ended during seed 0 with nothing of it looked at,
-  because three or four seeds would have been complete.
+  and 40 minutes, and begun; ended after two runs of detach, at which nobody
+  looked, because three or four seeds would have been complete.
 """
 
 from mtp_rl import config as config_lib

@@ -117,6 +117,7 @@ class OCC:
   disjoint_parts: int = 2  # per minibatch, for estimators that read gradients
   probe_every: int = 4  # updates between measurements of L eta
   budget: float = .1  # affordable: share of RL's own gain that MTP may cost
+  target: float = .5  # gac: share of MTP where the gradients are free of noise
   guard: float = 0.  # bound rho of ||lambda g_MTP|| <= rho ||g_RL||; 0: off
   eta: float = 0.  # step size in the curvature form; 0: the learning rate
 

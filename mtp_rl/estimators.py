@@ -3,7 +3,7 @@
 Every estimator is a pure function (Evidence, config.OCC) -> `Estimate`. To add
 one, write a function here, list it in `ESTIMATORS` with the evidence that it
 reads, and add its value on the quadratic to tests/estimators_test.py. The
-equations are in occ.py.
+equations are in occ.py, those of other papers in rivals.py.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_rl import config as config_lib
-from mtp_rl import occ, tree
+from mtp_rl import occ, rivals, tree
 
 
 class Evidence(NamedTuple):
@@ -142,6 +142,18 @@ def trust_region(evidence, config: config_lib.OCC):
       'mtp_f_mtp': jnp.trace(evidence.fisher.gram)})
 
 
+def rival(rule):
+  """Return an `Estimator.rule` of (`rivals.Moments`, config.OCC) -> lambda."""
+  def estimate(evidence, config: config_lib.OCC):
+    dot = _dot(config)
+    products = occ.gradient_products(*evidence.gradients, dot)
+    m = rivals.moments(evidence.parts, products, dot)
+    return Estimate(jnp.full_like(products.c, rule(m, config)), products,
+                    {'c_cross': m.c, 'rl_noise': m.rl_noise,
+                     'mtp_noise': m.mtp_noise})
+  return estimate
+
+
 def curvature(evidence, config: config_lib.OCC):
   """lambda*_H, which maximises the second-order form; falls back to `exact`."""
   (g_rl, g), hg = evidence.gradients, evidence.hessian
@@ -202,4 +214,6 @@ ESTIMATORS = {
     'trust_region': Estimator(trust_region, ('gradients', 'parts',
                                              'smoothness', 'fisher')),
     'curvature': Estimator(curvature, ('hessian',)),
+    'gac': Estimator(rival(rivals.gac_coefficient), ('gradients', 'parts')),
+    'pcr': Estimator(rival(rivals.pcr_coefficient), ('gradients', 'parts')),
 }

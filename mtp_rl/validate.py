@@ -152,6 +152,8 @@ def _validate_mtp(config: config_lib.Config):
         'learning rate')
   _need(0 <= o.budget < float('inf'), f'occ.budget={o.budget} must be a '
         'finite number of at least 0')
+  _need(0 <= o.target < 1, f'occ.target={o.target} must be a share of at '
+        'least 0 and below 1')
   _need(m.regime != 'occ_authors' or not o.ema,
         'mtp.regime=occ_authors does not average its lambdas, but occ.ema='
         f'{o.ema}; set occ.ema=0')

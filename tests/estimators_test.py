@@ -20,6 +20,7 @@ L = 4.
 PLUS = (1 - L * ETA) / (L * ETA)
 GRADIENT = ('exact', 'preconditioned', 'cross_fitted')
 BUDGET = .3
+TARGET = .6
 FISHER = np.diag(np.linspace(.2, 3., N))
 
 
@@ -63,7 +64,8 @@ def _evidence(b, h, g, scale=None):
 
 def _config(**changes):
   return config_lib.OCC(lambda_plus=PLUS, eps=1e-12, lambda_min=-30.,
-                        lambda_max=30., budget=BUDGET, **changes)
+                        lambda_max=30., budget=BUDGET, target=TARGET,
+                        **changes)
 
 
 def _maximum(b, g, quadratic):
@@ -88,6 +90,10 @@ def _analytic(name, b, h, g, scale):
                     for d in (b + lam * g.sum(1) for lam in (0, 1, 2))], 2)
     left = bound - (1 - BUDGET) * bound(0)
     return np.full(g.shape[1], left.roots().max())
+  if name == 'gac':  # the halves are alike: without noise it is the target
+    return np.full(g.shape[1], TARGET / (1 - TARGET))
+  if name == 'pcr':  # nor does it project then
+    return np.zeros(g.shape[1])
   if name == 'preconditioned':  # the L-bound of a step along P(b + g lam)
     scale = scale * (b @ (scale * b)) / np.sum((scale * b) ** 2)
     p = scale[:, None] * g
@@ -108,7 +114,7 @@ def test_the_analytic_lambda_of_a_quadratic(name, modules, sign):
     expected = _analytic(name, b, h, g, scale)
     assert estimate.lam.shape == (modules,)
     np.testing.assert_allclose(estimate.lam, expected, rtol=1e-5, atol=1e-5)
-    assert (name in ('authors', 'affordable') or modules > 1
+    assert (name in ('authors', 'affordable', 'gac', 'pcr') or modules > 1
             or np.sign(expected[0]) == sign)
 
 
@@ -133,6 +139,65 @@ def test_an_rl_step_without_gain_can_afford_nothing():
   slope = estimate.info['c_cross'] - L * ETA * (b @ g[:, 0])
   np.testing.assert_allclose(
       estimate.lam, 2 * slope / (L * ETA * np.sum(g ** 2)), rtol=1e-4)
+
+
+def _apart(b, g, rl_noise, mtp_noise, parts=4):
+  """Evidence whose parts differ, but add up to b and g, and its NumPy parts."""
+  rng = np.random.default_rng(5)
+  def split(x, noise):
+    noise = noise * rng.normal(size=(parts, *x.shape))
+    return x / parts + noise - noise.mean(0)
+  rl, mtp = split(b, rl_noise), split(g, mtp_noise)
+  seen = _evidence(b, -np.eye(N), g)
+  return rl, mtp.sum(-1), seen._replace(parts=[
+      (_tree(jnp.asarray(r)), [_tree(jnp.asarray(x)) for x in m.T])
+      for r, m in zip(rl, mtp)])
+
+
+@pytest.mark.parametrize('modules', [1, 3])
+def test_gac_minimises_the_error_of_the_mixed_gradient(modules):
+  with jax.enable_x64(True):
+    b, _, g = _problem(modules)
+    rl, mtp, seen = _apart(b, g, .2, .1)
+    n = len(rl)
+    over = lambda x, y: n / (n - 1) * (x.sum(0) @ y.sum(0) - np.sum(x * y))
+    noise_rl = rl.sum(0) @ rl.sum(0) - over(rl, rl)
+    noise = mtp.sum(0) @ mtp.sum(0) - over(mtp, mtp)
+    apart = over(rl, rl) + over(mtp, mtp) - 2 * over(rl, mtp)
+    assert min(noise_rl, noise, apart) > .1
+    error = [(mu - TARGET) ** 2 * apart + mu ** 2 * noise
+             + (1 - mu) ** 2 * noise_rl for mu in (0., .5, 1.)]
+    mu, = np.polynomial.Polynomial.fit([0, .5, 1], error, 2).deriv().roots()
+    estimate = estimators.ESTIMATORS['gac'](seen, _config())
+    np.testing.assert_allclose(estimate.lam, np.full(modules, mu / (1 - mu)),
+                               rtol=1e-5)
+    np.testing.assert_allclose([estimate.info['rl_noise'],
+                                estimate.info['mtp_noise']], [noise_rl, noise],
+                               rtol=1e-5)
+
+
+@pytest.mark.parametrize('modules', [1, 3])
+def test_pcr_projects_by_how_uncertain_the_rl_gradient_is(modules):
+  with jax.enable_x64(True):
+    b, _, g = _problem(modules, sign=-1.)
+    along = g.sum(1)
+    def left(rl_noise, mtp_noise):  # of <g_RL, g> after the projection
+      _, _, seen = _apart(b, g, rl_noise, mtp_noise)
+      lam = estimators.ESTIMATORS['pcr'](seen, _config()).lam
+      assert np.ptp(lam) == 0
+      return (b + lam[0] * along) @ along / (b @ along)
+    np.testing.assert_allclose(left(.3, 0.), 0., atol=1e-5)
+    np.testing.assert_allclose(left(0., .3), 1., rtol=1e-5)
+    rl, mtp, seen = _apart(b, g, .3, .2)
+    spread = [np.sum((x - x.mean(0)) ** 2) for x in (rl, mtp)]
+    np.testing.assert_allclose(left(.3, .2), spread[1] / sum(spread),
+                               rtol=1e-5)
+    # Where both agree there is nothing to take away.
+    g_rl, others = seen.gradients
+    agrees = seen._replace(
+        gradients=(jax.tree.map(jnp.negative, g_rl), others))
+    np.testing.assert_array_equal(
+        estimators.ESTIMATORS['pcr'](agrees, _config()).lam, 0.)
 
 
 @pytest.mark.parametrize('name', GRADIENT)

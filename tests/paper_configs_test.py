@@ -65,9 +65,9 @@ OURS = {'rl.pack', 'model.dtype', 'model.remat', 'model.attention',
         'rollout.draft_rows',
         'model.head_chunk', 'model.pretrained', 'rl.microbatches', 'rl.kl_kind',
         'mtp.coef', 'mtp.psi_coef', 'mtp.theta_loss', 'mtp.unroll',
-        'occ.budget', 'occ.disjoint_parts', 'occ.probe_every', 'occ.eta',
-        'mtp.layout', 'mtp.lora_alpha', 'mtp.lora_targets', 'model.lora_alpha',
-        'model.lora_targets'}
+        'occ.budget', 'occ.target', 'occ.disjoint_parts', 'occ.probe_every',
+        'occ.eta', 'mtp.layout', 'mtp.lora_alpha', 'mtp.lora_targets',
+        'model.lora_alpha', 'model.lora_targets'}
 
 
 def _count(leaves):
