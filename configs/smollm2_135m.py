@@ -12,6 +12,25 @@ Expect (seed 0, 36 minutes on two cores): mean reward of the first ten RL
 steps .34, of the last ten .75; greedy on held-out sums .39, .77 after 14
 steps, .74 at the end. Top-1 acceptance of the module on fresh samples: .18
 after 20 updates, .57 after 360, .84 in the last RL step.
+
+Drafts against accuracy, registered before the run, without a pilot:
+
+    S='--config=configs/smollm2_135m.py --config.task.held_out=100
+       --config.optim.ramp=60'
+    python -m experiments.pretrain $S --workdir=WARM --config.warmup.steps=180
+    F='rl.dual_clip=3,mtp.psi_loss=kl,mtp.regime'
+    python -m experiments.compare $S --workdir=DIR --seeds=4 --jobs=2 \
+        --config.warmup.init=WARM --config.model.pretrained= \
+        --config.mtp.fresh=False --config.rl.steps=6 --config.rl.prompts=12 \
+        --config.rl.minibatches=4 --config.eval.every=6 \
+        --variants="detach:$F=detach;kl-.3:$F=fixed,mtp.theta_loss=kl,mtp.coef=.3"
+
+- Hypothesis: where theta also follows the KL of the main head, more drafts are
+  accepted than under detach, by 3 points or more, and accuracy is not lower.
+- Measures, paired by seed: drafts accepted in the last step (48 answers) and
+  held-out greedy and sampled accuracy on 100 questions. Goal: as in pareto.py.
+- Seeds 0 to 3, or those of which both variants are complete after 60 minutes
+  on two cores. One warm-up is shared: the seeds differ in prompts and samples.
 """
 
 import dataclasses
