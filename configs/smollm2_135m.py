@@ -31,6 +31,7 @@ Drafts against accuracy, registered before the run, without a pilot:
   held-out greedy and sampled accuracy on 100 questions. Goal: as in pareto.py.
 - Seeds 0 to 3, or those of which both variants are complete after 60 minutes
   on two cores. One warm-up is shared: the seeds differ in prompts and samples.
+  The learning rate rises over 60 updates, of which RL makes 24.
 """
 
 import dataclasses

@@ -105,7 +105,7 @@ class MTP:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class OCC:
-  """Optimal coefficient calibration (equations in occ.py)."""
+  """Optimal coefficient calibration (equations in occ.py, rivals.py)."""
   estimator: str = 'logprob'  # see estimators.py
   lambda_plus: float = 1.
   eps: float = 1e-8

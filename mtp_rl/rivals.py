@@ -63,11 +63,14 @@ def gac_coefficient(m, config: config_lib.OCC):
       E(mu) = (mu - a)^2 D + mu^2 noise + (1 - mu)^2 noise_RL
       mu    = (a D + noise_RL) / (D + noise + noise_RL),  D = ||E g - E g_RL||^2
 
-  Read in the notes to the authors' code. Left out: their stand-ins of D and the
-  noise (from advantages and log-likelihoods), as the gradients are measured
-  here; the schedule that mu is blended with and the bound on its change, for
-  which there are occ.ema and the bounds of lambda; the factor 1 - mu of g_RL,
-  which Adam all but divides out.
+  Read in the notes to the authors' code. As there, the covariance of the two
+  noises is taken as 0; gradients of one minibatch share some, c_same - c_cross.
+  Left out: their stand-ins of D and the noise (from advantages and
+  log-likelihoods), as the gradients are measured here; averages of those over
+  updates, the schedule that mu is blended with and the bound on its change
+  (occ.ema averages lambda); the factor 1 - mu of g_RL, as Adam all but divides
+  it out where mu changes slowly. Their mu in [.05, .9] is lambda in [.053, 9],
+  the default occ.lambda_max of 1 is mu <= .5.
 
   Args:
     m: `Moments`.
@@ -87,8 +90,9 @@ def pcr_coefficient(m, config: config_lib.OCC):
       g_RL - s c / v^2 g,   s = noise_RL / (noise_RL + noise)
 
   so lambda = -s c / v^2 there, and 0 where they agree. Read in a review that
-  quotes it; not known are their estimator of the noise and whether g is added
-  where both agree. They project in the MLP layers alone.
+  quotes 1 - s as the RL gradient's share of two weights, taken here as 1 / noise
+  each; not known are their estimator of the noise and whether g is added where
+  both agree. They project in the MLP layers alone.
 
   Args:
     m: `Moments`.

@@ -155,7 +155,7 @@ def _apart(b, g, rl_noise, mtp_noise, parts=4):
 
 
 @pytest.mark.parametrize('modules', [1, 3])
-def test_gac_minimises_the_error_of_the_mixed_gradient(modules):
+def test_gac_minimises_the_error_of_a_mixture_of_independent_gradients(modules):
   with jax.enable_x64(True):
     b, _, g = _problem(modules)
     rl, mtp, seen = _apart(b, g, .2, .1)
@@ -174,6 +174,40 @@ def test_gac_minimises_the_error_of_the_mixed_gradient(modules):
     np.testing.assert_allclose([estimate.info['rl_noise'],
                                 estimate.info['mtp_noise']], [noise_rl, noise],
                                rtol=1e-5)
+
+
+def test_gac_weighs_by_noise_alone_where_the_gradients_seem_alike():
+  """Where the distance is estimated below 0, it counts as 0."""
+  with jax.enable_x64(True):
+    b, _, _ = _problem(1)
+    rl, mtp, seen = _apart(b, b[:, None], 4., 3.)
+    spread = [np.sum((x - x.mean(0)) ** 2) for x in (rl, mtp)]
+    n = len(rl)
+    apart = n / (n - 1) * np.sum((rl - mtp).sum(0) ** 2) - n / (n - 1) * np.sum(
+        (rl - mtp) ** 2)
+    assert apart < 0
+    np.testing.assert_allclose(
+        estimators.ESTIMATORS['gac'](seen, _config()).lam,
+        spread[0] / spread[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize('scope, rows', [('trunk', slice(READOUT, N)),
+                                         ('readout', slice(0, READOUT))])
+@pytest.mark.parametrize('name', ['gac', 'pcr'])
+def test_a_rival_measures_the_parameters_of_its_scope_only(name, scope, rows):
+  with jax.enable_x64(True):
+    b, _, g = _problem(1, sign=-1.)
+    _, _, seen = _apart(b, g, .3, .2)
+    kept = np.zeros(N)
+    kept[rows] = 1.
+    only = lambda t: _tree(_vector(t) * kept)
+    cut = lambda pair: (only(pair[0]), [only(x) for x in pair[1]])
+    alone = seen._replace(gradients=cut(seen.gradients),
+                          parts=[cut(p) for p in seen.parts])
+    rule = estimators.ESTIMATORS[name]
+    lam = rule(seen, _config(scope=scope)).lam
+    np.testing.assert_allclose(lam, rule(alone, _config()).lam, rtol=1e-6)
+    assert lam[0] > 0 and abs(lam[0] / rule(seen, _config()).lam[0] - 1) > .01
 
 
 @pytest.mark.parametrize('modules', [1, 3])
@@ -215,10 +249,11 @@ def test_a_scope_measures_its_parameters_only(name, scope, rows):
 
 @pytest.mark.parametrize('name', estimators.ESTIMATORS)
 def test_no_perturbation_ends_finite_and_bounded(name):
-  b, h, g = _problem(1)
+  b, h, g = _problem(1, -1.)
   for size in (0., 1e-18):
     estimate = estimators.ESTIMATORS[name](_evidence(b, h, size * g),
                                            _config())
+    assert np.isfinite(estimate.lam).all()
     config = dataclasses.replace(_config(), lambda_min=-1., lambda_max=1.)
     lam, _ = occ.track(occ.initial_state(1), estimate.lam, config)
     assert np.abs(lam) <= 1

@@ -147,7 +147,7 @@ def _plain(modules=2):
 
 @pytest.mark.parametrize('estimator, parts', [
     ('exact', 1), conftest.long('preconditioned', 2), ('cross_fitted', 2),
-    ('curvature', 2)])
+    ('curvature', 2), ('gac', 2), conftest.long('pcr', 2)])
 def test_exact_products_are_those_of_plain_gradients(estimator, parts):
   config = batches.config(estimator, mtp=dict(modules=2),
                           occ=dict(disjoint_parts=parts))
@@ -158,6 +158,8 @@ def test_exact_products_are_those_of_plain_gradients(estimator, parts):
                              rtol=1e-3)
   np.testing.assert_allclose(metrics[f'occ/{estimator}/v2'],
                              sum(float(tree.dot(x, x)) for x in g), rtol=1e-4)
+  named = conftest.glossary()
+  assert all(map(named.fullmatch, (n for n in metrics if n[:4] == 'occ/')))
   lam = [float(metrics[f'occ/lambda_{k + 1}']) for k in range(2)]
   expected = tree.axpy(lam[1], g[1], tree.axpy(lam[0], g[0], g_rl))
   batches.assert_close(tree.theta(got), jax.tree.map(jnp.negative, expected))

@@ -7,7 +7,7 @@ from mtp_rl.report import style
 
 _COLOURS = ('#c03030', '#e08a1e', '#14a0a8', '#2060a8', '#8a55b0', '#111111',
             '#e060b0', '#707070')
-_MARKERS = 'osD^vPX*'
+_MARKERS = 'osD^vPX'  # one fewer: no estimator repeats another's pair
 
 
 def _bars(axis, x, intervals, **style):

@@ -47,6 +47,14 @@ def _hash(path):
   return _short(value)
 
 
+def _size(path):
+  """Return the bytes of a file; -1 where there is none (any more)."""
+  try:
+    return os.path.getsize(path)
+  except OSError:
+    return -1
+
+
 def _identity(path):
   """Return what changes where a file is written to, but not its name."""
   s = os.stat(path)
@@ -88,8 +96,10 @@ class Early:
   def hash(self, path):
     """Return the hash of a file, as known or taken now."""
     identity, value = self._sums.get(os.path.basename(path), (None, None))
-    known = identity is not None and identity == _identity(path)
-    return value if known else _hash(path)
+    with contextlib.suppress(OSError):  # `_hash` says so of a file that is gone
+      if identity is not None and identity == _identity(path):
+        return value
+    return _hash(path)
 
 
 def _lines(folder, names, take=_hash):
@@ -99,7 +109,7 @@ def _lines(folder, names, take=_hash):
   folder while another one is still here.
   """
   paths = [os.path.join(folder, name) for name in names]
-  sizes = [os.path.getsize(p) if os.path.exists(p) else -1 for p in paths]
+  sizes = [_size(p) for p in paths]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     sums = distributed.split(lambda part: list(pool.map(take, paths[part])),
                              len(paths))

@@ -5,6 +5,7 @@ checkpoints that have checksums, and how these fit together; figures, events,
 evaluations and diagnoses are not.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -145,8 +146,13 @@ def _checkpoints(workdir, phase):
 
 
 def _size(folder):
-  return sum(os.path.getsize(os.path.join(where, name))
-             for where, _, names in os.walk(folder) for name in names)
+  """Return the bytes of a folder's files; a live run may remove some."""
+  total = 0
+  for where, _, names in os.walk(folder):
+    for name in names:
+      with contextlib.suppress(FileNotFoundError):
+        total += os.path.getsize(os.path.join(where, name))
+  return total
 
 
 def _summary(workdir, kept):
