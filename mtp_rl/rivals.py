@@ -89,10 +89,10 @@ def pcr_coefficient(m, config: config_lib.OCC):
 
       g_RL - s c / v^2 g,   s = noise_RL / (noise_RL + noise)
 
-  so lambda = -s c / v^2 there, and 0 where they agree. Read in a review that
-  quotes 1 - s as the RL gradient's share of two weights, taken here as 1 / noise
-  each; not known are their estimator of the noise and whether g is added where
-  both agree. They project in the MLP layers alone.
+  so lambda = -s c / v^2 there, and 0 where they agree. Read in a review, which
+  gives 1 - s as g_RL's share of two weights, taken here as 1 / noise each. Not
+  known are their estimator of the noise, and whether g is added where both
+  agree. They project in the MLP layers alone.
 
   Args:
     m: `Moments`.
