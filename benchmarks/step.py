@@ -45,6 +45,8 @@ REGIMES = {
     'occ affordable': ('occ', 'affordable', 'theta'),
     'occ trust_region': ('occ', 'trust_region', 'theta'),
     'occ curvature': ('occ', 'curvature', 'theta'),
+    'occ gac': ('occ', 'gac', 'theta'),
+    'occ pcr': ('occ', 'pcr', 'theta'),
     'detach unchecked': ('detach', 'logprob', 'ce'),  # see `_unchecked`
 }
 
