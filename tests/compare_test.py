@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import select
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -305,6 +307,44 @@ def test_a_stop_reaches_the_processes_and_the_same_call_resumes(tmp_path):
     (tmp_path / (job.name + '2')).write_text('')
   assert jobs.run(todo, 2, lambda: False, lambda *_: None) == {}
   assert all(job.complete() for job in todo)
+
+
+_OUTER = """
+import sys
+from mtp_rl.compare import jobs
+from mtp_rl.run import signals
+inner, log, fd = sys.argv[1:]
+with signals.interruptible(at_once=jobs.kill):
+  job = jobs.Job('a', [sys.executable, '-c', inner], log, lambda: False)
+  jobs.run([job], 1, lambda: False, lambda *_: None, keep_open=[int(fd)])
+"""
+_INNER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],
+                 close_fds=False)
+print('ready', flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_signal_leaves_no_process_behind(tmp_path):
+  """Not even one that the killed process had started."""
+  log, (read, write) = tmp_path / 'log', os.pipe()
+  child = subprocess.Popen(
+      [sys.executable, '-c', _OUTER, _INNER, str(log), str(write)],
+      cwd=conftest.ROOT, stderr=subprocess.PIPE, pass_fds=[write])
+  os.close(write)  # all others inherit it: the pipe ends with the last of them
+  with child.stderr, open(read, 'rb') as pipe:
+    while not log.exists() or 'ready' not in log.read_text():
+      assert child.poll() is None
+      time.sleep(.05)
+    child.send_signal(signal.SIGTERM)
+    while b'once more' not in child.stderr.readline():
+      assert child.poll() is None
+    assert not select.select([pipe], [], [], 0)[0]
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == 143
+    assert select.select([pipe], [], [], 20)[0] and not pipe.read()
 
 
 def _study(workdir, **rl):

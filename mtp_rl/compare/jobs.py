@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 _POLL = .1  # seconds
+_alive = []  # processes that were started and have not been seen to end
 
 
 class Job(NamedTuple):
@@ -72,9 +74,19 @@ def _start(job, cores, environment, keep_open):
   os.makedirs(os.path.dirname(job.log), exist_ok=True)
   with open(job.log, 'ab') as log, _pinned(cores):
     # In a new session, Ctrl-C reaches only this process, which passes it on.
-    return subprocess.Popen(
+    process = subprocess.Popen(
         job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         env=environment, start_new_session=True, pass_fds=keep_open)
+  _alive[:] = [p for p in _alive if p.returncode is None] + [process]
+  return process
+
+
+def kill():
+  """Kill all processes that `run` has started, and those that they started."""
+  for process in _alive:
+    if process.returncode is None:
+      with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _stop(running):

@@ -162,7 +162,8 @@ def run(study: Study, slots):
     config.ConfigError: the workdir cannot be used.
   """
   checkpoint.prepare_workdir(study.workdir)
-  with _alone(study.workdir) as lock, signals.interruptible() as stopped:
+  with _alone(study.workdir) as lock, signals.interruptible(
+      at_once=jobs.kill) as stopped:
     todo = plan(study)
     done = sum(job.complete() for job in todo)
     with tqdm.tqdm(total=len(todo), initial=done, desc='runs', unit='run',

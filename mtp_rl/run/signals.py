@@ -13,7 +13,7 @@ _ECHO_S = 1.
 
 
 @contextlib.contextmanager
-def interruptible(leave=()):
+def interruptible(leave=(), at_once=None):
   """Yield a function () -> bool: whether a signal of NUMBERS has arrived.
 
   The first signal asks for a clean stop after the step in progress; a second
@@ -23,6 +23,8 @@ def interruptible(leave=()):
 
   Args:
     leave: signals that somebody else handles.
+    at_once: function (), called before the second signal ends the process, from
+      another thread; None: nothing.
   """
   if threading.current_thread() is not threading.main_thread():
     yield lambda: False
@@ -34,7 +36,7 @@ def interruptible(leave=()):
     if number not in leave and signal.getsignal(number) != signal.SIG_IGN:
       previous[number] = signal.signal(number, lambda n, _: caught.append(n))
   wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-  watch = threading.Thread(target=_watch, args=(read, set(previous)),
+  watch = threading.Thread(target=_watch, args=(read, set(previous), at_once),
                            daemon=True)
   watch.start()
   try:
@@ -48,7 +50,7 @@ def interruptible(leave=()):
     os.close(read)
 
 
-def _watch(read, numbers):
+def _watch(read, numbers, at_once):
   """Announce the first signal that the C handler writes, exit at the second."""
   first, when = None, 0.
   while number := os.read(read, 1):
@@ -62,4 +64,6 @@ def _watch(read, numbers):
               file=sys.stderr, flush=True)
     elif not (first == number == signal.SIGHUP
               and time.monotonic() - when < _ECHO_S):
+      if at_once is not None:
+        at_once()
       os._exit(128 + number)
