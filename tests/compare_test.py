@@ -335,16 +335,19 @@ def test_a_second_signal_leaves_no_process_behind(tmp_path):
       cwd=conftest.ROOT, stderr=subprocess.PIPE, pass_fds=[write])
   os.close(write)  # all others inherit it: the pipe ends with the last of them
   with child.stderr, open(read, 'rb') as pipe:
-    while not log.exists() or 'ready' not in log.read_text():
-      assert child.poll() is None
-      time.sleep(.05)
-    child.send_signal(signal.SIGTERM)
-    while b'once more' not in child.stderr.readline():
-      assert child.poll() is None
-    assert not select.select([pipe], [], [], 0)[0]
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(20) == 143
-    assert select.select([pipe], [], [], 20)[0] and not pipe.read()
+    try:
+      while not log.exists() or 'ready' not in log.read_text():
+        assert child.poll() is None
+        time.sleep(.05)
+      child.send_signal(signal.SIGTERM)
+      while b'once more' not in child.stderr.readline():
+        assert child.poll() is None
+      assert not select.select([pipe], [], [], 0)[0]
+      child.send_signal(signal.SIGTERM)
+      assert child.wait(20) == 143
+      assert select.select([pipe], [], [], 20)[0] and not pipe.read()
+    finally:
+      child.kill()
 
 
 def _study(workdir, **rl):

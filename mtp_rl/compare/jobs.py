@@ -97,8 +97,7 @@ def _stop(running):
     for process in running:
       process.wait()
   except BaseException:
-    for process in running:
-      process.kill()
+    kill()
     for process in running:
       process.wait()
     raise
