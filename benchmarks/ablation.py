@@ -17,6 +17,7 @@ from unittest import mock
 from absl import app, flags, logging
 
 from benchmarks import step
+from mtp_rl.compare import jobs
 
 # --rounds and --cores are those of benchmarks.step.
 
@@ -104,7 +105,7 @@ def main(unused_argv):
 
 if __name__ == '__main__':
   if 'GLIBC_TUNABLES' not in os.environ:
-    os.environ['GLIBC_TUNABLES'] = step.MALLOC
+    os.environ['GLIBC_TUNABLES'] = jobs.MALLOC
     os.execv(sys.executable, [sys.executable, '-m', 'benchmarks.ablation',
                               *sys.argv[1:]])
   app.run(main)

@@ -24,7 +24,8 @@ import time
 
 from absl import app, flags, logging
 
-from benchmarks import MALLOC, rollout
+from benchmarks import rollout
+from mtp_rl.compare import jobs
 
 ROWS, GROUP, R, S = 128, 8, 16, 32
 _CHARACTERS = ''.join(chr(i) for i in range(0x100, 0x1fd))  # 253, V is 256
@@ -293,8 +294,8 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  if os.environ.get('GLIBC_TUNABLES') != MALLOC:
-    os.environ['GLIBC_TUNABLES'] = MALLOC
+  if os.environ.get('GLIBC_TUNABLES') != jobs.MALLOC:
+    os.environ['GLIBC_TUNABLES'] = jobs.MALLOC
     os.execv(sys.executable, [sys.executable, '-m', 'benchmarks.rivals',
                               *sys.argv[1:]])
   app.run(main)

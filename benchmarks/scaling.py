@@ -20,6 +20,7 @@ import time
 from absl import app, flags, logging
 
 from benchmarks import step
+from mtp_rl.compare import jobs
 
 # --cores is that of benchmarks.step.
 _OUT = flags.DEFINE_string('folder', None, 'Folder.', required=True)
@@ -195,7 +196,7 @@ def main(unused_argv):
 
 if __name__ == '__main__':
   if 'GLIBC_TUNABLES' not in os.environ:
-    os.environ['GLIBC_TUNABLES'] = step.MALLOC
+    os.environ['GLIBC_TUNABLES'] = jobs.MALLOC
     os.execv(sys.executable, [sys.executable, '-m', 'benchmarks.scaling',
                               *sys.argv[1:]])
   app.run(main)

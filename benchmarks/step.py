@@ -16,7 +16,7 @@ import time
 
 from absl import app, flags, logging
 
-from benchmarks import MALLOC
+from mtp_rl.compare import jobs
 
 _ROUNDS = flags.DEFINE_integer('rounds', 20, 'Timed rounds.', lower_bound=20)
 _CORES = flags.DEFINE_integer('cores', 1, 'CPU cores to pin to.', lower_bound=1)
@@ -224,7 +224,7 @@ def main(unused_argv):
 
 if __name__ == '__main__':
   if 'GLIBC_TUNABLES' not in os.environ:
-    os.environ['GLIBC_TUNABLES'] = MALLOC
+    os.environ['GLIBC_TUNABLES'] = jobs.MALLOC
     os.execv(sys.executable, [sys.executable, '-m', 'benchmarks.step',
                               *sys.argv[1:]])
   app.run(main)

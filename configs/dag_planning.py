@@ -49,8 +49,7 @@ module) and a look at the sizes of the sets:
 - Measures, paired by seed: those; the other sets, and the main head's loss
   beside its floor, are shown as well.
 - 100 nodes: seeds 0 to 9, or those of which both variants are complete after 55
-  minutes on two cores. 300 nodes: seeds 0 to 4, or those complete after 40; not
-  run yet (it had run for two minutes when the next one took its place).
+  minutes on two cores. 300 nodes: seeds 0 to 4, or those complete after 40.
 
 Up to here degrees are by the counting that the next paragraphs correct, with
 which four sets are left, and of 6,000 questions at 300 nodes about 30 have

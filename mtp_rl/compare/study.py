@@ -142,6 +142,7 @@ def _environment(workdir):
   out.setdefault('JAX_COMPILATION_CACHE_DIR',
                  os.path.abspath(os.path.join(workdir, 'cache')))
   out.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+  out.setdefault('GLIBC_TUNABLES', jobs.MALLOC)
   out['PYTHONPATH'] = os.pathsep.join(
       filter(None, [str(_ROOT), out.get('PYTHONPATH')]))
   return out
