@@ -291,6 +291,15 @@ def test_cores_are_shared_out_and_ours_are_kept(tmp_path):
   assert jobs.available_cores() == before
 
 
+def test_what_the_user_set_goes_before_our_settings_of_malloc(
+    tmp_path, monkeypatch):
+  for name, seen in (('mine', 'mine'), (None, jobs.MALLOC)):
+    monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
+    if name:
+      monkeypatch.setenv('GLIBC_TUNABLES', name)
+    assert study._environment(tmp_path)['GLIBC_TUNABLES'] == seen
+
+
 def test_a_stop_reaches_the_processes_and_the_same_call_resumes(tmp_path):
   code = ('import signal; signal.signal(signal.SIGTERM, lambda *_: (print('
           '"clean end", flush=True), sys.exit(0))); print("ready", flush=True);'

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 # For GLIBC_TUNABLES: keeps large buffers mapped between updates instead of
-# faulting them in again (ratios: benchmarks/README.md). Linux only.
+# faulting them in again (what it is worth: benchmarks/README.md). Linux only.
 MALLOC = ('glibc.malloc.mmap_threshold=8589934592:'
           'glibc.malloc.trim_threshold=17179869184:'
           'glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1')
