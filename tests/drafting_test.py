@@ -55,10 +55,11 @@ def test_differences_are_paired_by_seed(tmp_path):
 
 
 @pytest.mark.long
-def test_a_study_trains_measures_and_resumes(tmp_path):
+def test_a_study_trains_measures_and_resumes(tmp_path, capsys):
   study = _study(tmp_path, 'ce;tv_e2e;once:mtp.unroll=1', (2, 5),
-                 warmup=dict(pool_steps=3, lr=3e-2))
+                 warmup=dict(pool_steps=3, lr=3e-2), run=dict(progress=True))
   rows = drafting.run(study)
+  assert 'seed 1, tv_e2e: 100%' in capsys.readouterr().err
   assert [(r['seed'], r['variant'], r['updates']) for r in rows] == [
       (s, v, n) for s in (0, 1) for v in ('ce', 'tv_e2e', 'once')
       for n in (2, 5)]

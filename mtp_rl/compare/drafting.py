@@ -181,12 +181,15 @@ def _train(study, run, modules, variant, policy, samples, held_out):
   state = state._replace(params=start)
   rows = sharding.batch_sharding(run.mesh)
   depths = config_lib.depths(run.config.mtp)
-  for step in range(1, study.updates[-1] + 1):
-    batch = distributed.put(samples.batch(policy, step), rows)
-    state, _ = steps.update(state, batch)
-    if step in study.updates:
-      yield step, measure(modules.score, state.params, held_out, run.mesh,
-                          depths)
+  with metrics.progress(run.config, study.updates[-1], 0,
+                        f'seed {run.config.seed}, {variant.name}') as bar:
+    for step in range(1, study.updates[-1] + 1):
+      batch = distributed.put(samples.batch(policy, step), rows)
+      state, _ = steps.update(state, batch)
+      bar.update()
+      if step in study.updates:
+        yield step, measure(modules.score, state.params, held_out, run.mesh,
+                            depths)
 
 
 def _samples(study, run):
