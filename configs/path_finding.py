@@ -40,9 +40,10 @@ the next token (the command above with 2,500 updates, --config.mtp.kind=parallel
 variants guess the arm (greedy .501 and .499; loss of the last batch .19 and
 .25, of the heads .18 and .19). Not registered, no interval.
 
-Two layers may be too few: from the goal back to the first of three nodes are
-three look-ups, and each waits for the one before. Registered before the run,
-with four layers (six in arXiv 2403.06963), half the learning rate, no pilot:
+Two layers may be too few: from the third node, the goal, back to the first are
+two look-ups, each waits for the one before, and both for a layer that joins the
+ends of an edge. Registered before the run, without a pilot, with four layers
+(six in arXiv 2403.06963), half the learning rate and a ramp:
 
     python -m experiments.compare --config=configs/path_finding.py \
         --workdir=DIR --seeds=5 --jobs=2 --config.mtp.regime=detach \
