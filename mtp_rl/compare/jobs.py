@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 # For GLIBC_TUNABLES: keeps large buffers mapped between updates instead of
 # faulting them in again (what it is worth: benchmarks/README.md). Linux only.
+# No top_pad: it would blur the bound on a verifier's memory (tasks/workers.py).
 MALLOC = ('glibc.malloc.mmap_threshold=8589934592:'
-          'glibc.malloc.trim_threshold=17179869184:'
-          'glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1')
+          'glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1')
 _POLL = .1  # seconds
 _alive = []  # processes that were started and have not been seen to end
 
