@@ -20,8 +20,10 @@ from mtp_rl import distributed as d
 from mtp_rl.run import peers
 
 launch.define_processes()
-peers.LOST_S, d.PATIENCE_S = {LOST_S}, {PATIENCE_S}
+d.PATIENCE_S = {PATIENCE_S}
 fault = sys.argv.pop(1)
+if fault != 'kill':  # a lost connection tells of it, not silence
+  peers.LOST_S = {LOST_S}
 
 def main():
   if fault == 'hang':
@@ -100,7 +102,7 @@ def test_what_one_process_meets_ends_all_with_its_code(fault, codes, said):
 
 @pytest.mark.long
 def test_a_killed_process_ends_the_other_with_a_sentence():
-  children = _start('none')
+  children = _start('kill')
   children[1].kill()
   _, err = children[0].communicate(timeout=60)
   assert children[0].returncode == 4, err
