@@ -39,6 +39,18 @@ no pilot of its own:
   an interval above -1 point for the second.
 - Seeds 0 to 9, or, if 35 minutes on two cores do not suffice, the first seeds
   of which all three variants are complete by then; Holm within the table.
+
+Path finding with one module applied three times, registered before the run,
+without a pilot; F and K are those of the quickstart:
+
+    python -m experiments.compare --config=configs/pareto.py --workdir=DIR \
+        --seeds=10 --jobs=2 --config.mtp.unroll=3 \
+        --variants="detach:$F=detach;kl-.3:$F=$K,mtp.coef=.3;kl-1:$F=$K,mtp.coef=1;kl-affordable:$F=occ,occ.estimator=affordable,mtp.theta_loss=kl"
+
+- Hypothesis, measures and goal: those of the quickstart; an answer has three
+  tokens and an end, so the drafts behind it count for nothing.
+- Seeds 0 to 9, or those of which all four variants are complete after 40
+  minutes on two cores; Holm within the table.
 """
 
 from configs import path_finding

@@ -32,6 +32,12 @@ Drafts against accuracy, registered before the run, without a pilot:
 - Seeds 0 to 3, or those of which both variants are complete after 60 minutes
   on two cores. One warm-up is shared: the seeds differ in prompts and samples.
   The learning rate rises over 60 updates, of which RL makes 24.
+
+The same with one module applied three times, `--config.mtp.unroll=3` added to
+both commands and --seeds=3; registered before the run, without a pilot. Drafts
+accepted in a row (0 to 3) take the place of drafts accepted, with a goal of
+.09. Seeds 0 to 2, or those of which both variants are complete after 45
+minutes on two cores.
 """
 
 import dataclasses
