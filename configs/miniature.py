@@ -22,6 +22,29 @@ the run, without a pilot:
   avg@4 after the last step.
 - Seeds 0 to 9, or those complete after 35 minutes on two cores. Holm's
   correction within the table.
+
+Another model or more data, each against its own detach; registered before the
+runs, after one warm-up of each model with seed 100 that was looked at alone:
+
+    R='mtp.regime=occ,occ.estimator'; K='mtp.regime=fixed,mtp.theta_loss=kl'
+    python -m experiments.compare --config=configs/miniature.py --workdir=DIR \
+        --seeds=10 --jobs=2 --config.rl.dual_clip=3 --config.mtp.psi_loss=ce \
+        FLAGS \
+        --variants="detach:mtp.regime=detach;rl_only:mtp.regime=rl_only;ce-.1:mtp.regime=ce,mtp.coef=.1;policy-.1:mtp.regime=policy,mtp.coef=.1;kl-.1:$K,mtp.coef=.1;occ:$R=logprob;cross-ema.9:$R=cross_fitted,occ.ema=.9"
+
+with FLAGS one of
+
+    untied   --config.model.tie_embeddings=False
+    deep     --config.model.n_layers=6
+    groups   --config.rl.group=32
+    steps    --config.rl.steps=160
+
+- Hypothesis: in one of them a variant with lambda other than 0 earns more than
+  detach, which none does with two tied layers, 8 samples and 40 steps.
+- Measures, paired by seed against detach: mean reward of all steps; held-out
+  avg@4 after the last step.
+- Seeds 0 to 9, or those complete after 20 minutes on two cores. Holm's
+  correction within each table.
 """
 
 from configs import quickstart
