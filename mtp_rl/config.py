@@ -116,6 +116,7 @@ class OCC:
   scope: str = 'all'  # parameters whose gradients are measured
   disjoint_parts: int = 2  # per minibatch, for estimators that read gradients
   probe_every: int = 4  # updates between measurements of L eta
+  measure: int = 0  # minibatches a step that measure lambda, the first; 0: all
   budget: float = .1  # affordable: share of RL's own gain that MTP may cost
   target: float = .5  # gac: share of MTP where the gradients are free of noise
   guard: float = 0.  # bound rho of ||lambda g_MTP|| <= rho ||g_RL||; 0: off

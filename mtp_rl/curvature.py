@@ -22,6 +22,24 @@ def _differentiable(config: config_lib.Config):
       config, model=attention.without_kernels(config.model))
 
 
+def directional(objective, theta, direction):
+  """Return J's gradient, its slope and its Hessian along a direction.
+
+  One jax.jvp of jax.value_and_grad(J): forward over reverse.
+
+  Args:
+    objective: theta -> (J, aux).
+    theta: parameters.
+    direction: tree like theta, g_MTP.
+
+  Returns:
+    (J, aux), g = grad J, c = <g, direction>, and H direction.
+  """
+  ((value, g), ((c, _), hv)) = jax.jvp(
+      jax.value_and_grad(objective, has_aux=True), (theta,), (direction,))
+  return value, g, c, hv
+
+
 def hessian(work, rows, direction):
   """Return g_RL and H direction over theta, by forward over reverse.
 
@@ -53,7 +71,7 @@ def hessian(work, rows, direction):
       entropy = put(work.entropy, i, out.entropy) if use_entropy else 0.
       return -policy.rl_loss(put(work.main, i, out.main), entropy, work.batch,
                              config.rl, config.rollout.max_response)[0], None
-    _, g, _, product = occ.directional(value, theta, direction)
+    _, g, _, product = directional(value, theta, direction)
     return tree.add(total, (g, product)), None
 
   zero = jax.tree.map(jnp.zeros_like, (theta, theta))

@@ -272,24 +272,6 @@ def authors_coefficient(d_rl, d_mtp, plus, eps):
   return plus / d_mtp.shape[-1] * jnp.mean(ratio, axis=(-3, -2))
 
 
-def directional(objective, theta, direction):
-  """Return J's gradient, its slope and its Hessian along a direction.
-
-  One jax.jvp of jax.value_and_grad(J): forward over reverse.
-
-  Args:
-    objective: theta -> (J, aux).
-    theta: parameters.
-    direction: tree like theta, g_MTP.
-
-  Returns:
-    (J, aux), g = grad J, c = <g, direction>, and H direction.
-  """
-  ((value, g), ((c, _), hv)) = jax.jvp(
-      jax.value_and_grad(objective, has_aux=True), (theta,), (direction,))
-  return value, g, c, hv
-
-
 def curvature_coefficient(products, rl_h_mtp, mtp_h_mtp, eta, fallback):
   """Return lambda*_H, the maximum of the second-order Taylor form, [K].
 
@@ -384,10 +366,14 @@ def track(state, lam, config: config_lib.OCC):
   lam = jnp.where(jnp.isfinite(lam), lam, 0.)
   lam = jnp.clip(lam, config.lambda_min, config.lambda_max)
   lam = jax.lax.stop_gradient(lam)
-  count = state.count + 1
   average = config.ema * state.average + (1 - config.ema) * lam
-  used = average / (1 - config.ema ** count) if config.ema else lam
-  return used, state._replace(average=average, count=count)
+  state = state._replace(average=average, count=state.count + 1)
+  return held(state, config), state
+
+
+def held(state, config: config_lib.OCC):
+  """Return the lambda of the last `track`, [K]; 0 where there was none."""
+  return state.average / (1 - config.ema ** jnp.maximum(state.count, 1))
 
 
 def cosine(products):

@@ -56,16 +56,17 @@ def detach(work, state, step):
                           metrics=_metrics(work, lam))
 
 
-def _fixed(loss=None):
+def _fixed(loss=None, held=False):
   """Return the regime with constant lambda: mtp.coef / K for each module.
 
   Args:
     loss: theta's MTP loss; None: mtp.theta_loss.
+    held: take the lambda that regime occ has measured last instead.
   """
   def fixed(work, state, step):
     del step
     m = work.config.mtp
-    lam = _evenly(m.coef, m)
+    lam = occ.held(state, work.config.occ) if held else _evenly(m.coef, m)
     return gradients.Choice(state, loss or m.theta_loss, lam,
                             **_own_psi(work.config),
                             metrics=_metrics(work, lam))
@@ -124,6 +125,7 @@ def _metrics(work, lam):
 REGIMES = {'rl_only': rl_only, 'detach': detach, 'ce': _fixed('ce'),
            'policy': _fixed('policy'), 'fixed': _fixed(), 'occ': measured,
            'occ_authors': occ_authors}
+HELD = {'held': _fixed(held=True)}  # follows 'occ' within a step: occ.measure
 
 
 def update_gradient(params, batch, state, config: config_lib.Config,
@@ -138,5 +140,5 @@ def update_gradient(params, batch, state, config: config_lib.Config,
     step: `Step`.
   """
   work = gradients.score(params, batch, config)
-  choice = REGIMES[config.mtp.regime](work, state, step or Step())
+  choice = (REGIMES | HELD)[config.mtp.regime](work, state, step or Step())
   return gradients.combine(work, choice)

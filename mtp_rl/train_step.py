@@ -1,5 +1,6 @@
 """One optimiser update as a pure function, and its sharded, jitted form."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -156,6 +157,7 @@ class Steps(NamedTuple):
     init_rest: function key -> the same without theta (params has psi and
       theta's adapters alone); for runs that load theta.
     update: function (state, batch) -> (state, metrics); state is donated.
+    hold: the same for minibatches that do not measure lambda (occ.measure).
     score: function (params, `types.Tokens`) -> LogProbs with entropy and
       acceptance.
     abstract: TrainState of ShapeDtypeStructs with shardings.
@@ -163,6 +165,7 @@ class Steps(NamedTuple):
   init: Callable
   init_rest: Callable
   update: Callable
+  hold: Callable | None
   score: Callable
   abstract: Any
 
@@ -211,15 +214,21 @@ def make(config: config_lib.Config, mesh, phase='rl'):
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes, shardings)
   rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, P())
+
+  def update(config):
+    return jax.jit(
+        functools.partial(step, config=config, transform=transform, rate=rate),
+        in_shardings=(shardings, rows), out_shardings=(shardings, whole),
+        donate_argnums=0)
+
+  holding = dataclasses.replace(config, mtp=dataclasses.replace(
+      config.mtp, regime='held'))
   return Steps(
       init=jax.jit(init, out_shardings=shardings),
       init_rest=jax.jit(init_rest, out_shardings=shardings._replace(
           params=rest(shardings.params))),
-      update=jax.jit(
-          functools.partial(step, config=config, transform=transform,
-                            rate=rate),
-          in_shardings=(shardings, rows), out_shardings=(shardings, whole),
-          donate_argnums=0),
+      update=update(config),
+      hold=update(holding) if phase == 'rl' and config.occ.measure else None,
       score=jax.jit(
           functools.partial(forward.score, config=config, entropy=True,
                             acceptance=True),

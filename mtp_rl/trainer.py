@@ -74,12 +74,15 @@ def _update(run, steps, state, batch):
   """
   placed = sharding.batch_sharding(run.mesh)
   seen = []
-  for part in tree.cut(batch, run.config.rl.minibatches):
+  measure = run.config.occ.measure or run.config.rl.minibatches
+  for i, part in enumerate(tree.cut(batch, run.config.rl.minibatches)):
     part, packed = packing.for_update(part, run.config)
-    state, values = steps.update(state, distributed.put(part, placed))
+    update = steps.update if i < measure else steps.hold
+    state, values = update(state, distributed.put(part, placed))
     seen.append(values | packed)
   seen = jax.device_get(seen)
-  return state, {k: np.mean([v[k] for v in seen]) for k in seen[0]} | {
+  return state, {
+      k: np.mean([v[k] for v in seen if k in v]) for k in seen[0]} | {
       k: seen[-1][k] for k in train_step.COUNTS}
 
 

@@ -64,7 +64,8 @@ _NOT_NEGATIVE = {
     'model': ('head_dim', 'head_chunk', 'vocab_size', 'experts',
               'shared_experts', 'dense_layers', 'rope_context', 'window',
               'lora_rank'),
-    'mtp': ('lora_rank', 'modules', 'coef', 'psi_coef'), 'occ': ('guard',),
+    'mtp': ('lora_rank', 'modules', 'coef', 'psi_coef'),
+    'occ': ('guard', 'measure'),
     'rl': ('steps', 'clip_low', 'clip_high', 'dual_clip', 'kl_coef',
            'tis_cap', 'dynamic_sampling', 'overlong_buffer',
            'overlong_penalty'),
@@ -171,6 +172,15 @@ def _validate_mtp(config: config_lib.Config):
         f'mtp.regime={m.regime} measures how far the policy moved since the '
         'rollout, but with rl.minibatches=1 it has not moved and lambda would '
         'always be 0; set rl.minibatches >= 2 or occ.estimator=exact')
+  _need(o.measure <= config.rl.minibatches, f'occ.measure={o.measure} exceeds '
+        f'rl.minibatches={config.rl.minibatches}; set 0 for all of them')
+  _need(not o.measure or (m.regime == 'occ' and 'deltas' not in reads),
+        f'occ.measure={o.measure} is for mtp.regime=occ with an estimator that '
+        'reads gradients, such as occ.estimator=exact; set one, or '
+        'occ.measure=0')
+  _need(not o.measure or not o.guard, f'occ.guard={o.guard} bounds each '
+        f'minibatch by its own gradients, but occ.measure={o.measure} leaves '
+        'some unmeasured; set one of the two to 0')
   _need(o.scope == 'all' or (
       'gradients' in reads and 'fisher' not in reads),
         f'occ.scope={o.scope} is read by estimators that read the gradients '

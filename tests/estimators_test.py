@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import estimators, occ
+from mtp_rl import curvature, estimators, occ
 
 N, READOUT, ETA = 12, 5, .05
 L = 4.
@@ -48,7 +48,7 @@ def _evidence(b, h, g, scale=None):
   trees = _tree(jnp.asarray(b)), [_tree(jnp.asarray(x)) for x in g.T]
   value = lambda t: (b @ _vector(t) + _vector(t) @ h @ _vector(t) / 2, None)
   zero = jax.tree.map(jnp.zeros_like, trees[0])
-  along = [occ.directional(value, zero, x) for x in trees[1]]
+  along = [curvature.directional(value, zero, x) for x in trees[1]]
   only = lambda t: {'embed': t['embed']}
   return estimators.Evidence(
       deltas=(jnp.asarray(b)[None], jnp.asarray(g)[None]),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_rl import (
+  curvature,
   forward,
   gradients,
   occ,
@@ -292,22 +293,22 @@ def test_hessian_vector_product_is_the_central_difference():
                         grad(move(-step)))
   hg = jax.tree.map(lambda a, b: (4 * a - b) / 3, difference(1e-3),
                     difference(2e-3))
-  _, _, _, exact = jax.jit(lambda t: occ.directional(
+  _, _, _, exact = jax.jit(lambda t: curvature.directional(
       lambda t: (-l_rl({**t, **psi}), None), t, g))(theta)
   gap = jax.tree.map(jnp.subtract, exact, hg)
   assert float(tree.norm(gap) / tree.norm(hg)) < 1e-3
-  curvature = float(tree.dot(g, hg))
+  bend = float(tree.dot(g, hg))
   cross = float(tree.dot(grad(theta), hg))
-  np.testing.assert_allclose(metrics['occ/curvature/mtp_h_mtp'], curvature,
+  np.testing.assert_allclose(metrics['occ/curvature/mtp_h_mtp'], bend,
                              rtol=1e-3)
   np.testing.assert_allclose(metrics['occ/curvature/rl_h_mtp'], cross,
                              rtol=1e-3)
   c, eta = float(metrics['occ/curvature/c']), config.occ.eta
-  if curvature < 0:
-    expected = -(c + eta * cross) / (eta * curvature)
+  if bend < 0:
+    expected = -(c + eta * cross) / (eta * bend)
   else:
     expected = c / float(metrics['occ/curvature/v2'])
-  assert metrics['occ/curvature/concave'] == (curvature < 0)
+  assert metrics['occ/curvature/concave'] == (bend < 0)
   np.testing.assert_allclose(metrics['occ/curvature/lambda_star'], expected,
                              rtol=5e-3)
   np.testing.assert_allclose(metrics['occ/lambda'], np.clip(expected, -1, 1),

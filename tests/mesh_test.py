@@ -71,6 +71,38 @@ def test_the_updates_of_a_step_copy_nothing_from_the_host_unasked():
   assert state.step == 2 and np.isfinite(metrics['grad_norm/theta'])
 
 
+@pytest.mark.parametrize('ema', [0., .5])
+def test_behind_the_minibatch_that_measures_lambda_is_held(ema):
+  """On 8 devices: one update with the estimator, then one of regime fixed."""
+  mesh_8 = dict(data=2, fsdp=2, tensor=2)
+  config = batches.config('cross_fitted', mesh=mesh_8, rl=dict(minibatches=2),
+                          occ=dict(measure=1, ema=ema, lambda_plus=3.))
+  first, second = batches.batch(), batches.batch(1, 1)
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    steps = train_step.make(config, mesh)
+    state, seen = steps.update(steps.init(jax.random.key(0)), first)
+    between, seen = jax.device_get((state, seen))
+    got, metrics = trainer._update(
+        workdir.Run(config, '', None, mesh, None), steps,
+        steps.init(jax.random.key(0)),
+        jax.tree.map(lambda *x: np.concatenate(x), first, second))
+  lam = float(seen['occ/lambda'])
+  assert 1e-3 < abs(lam) < 1
+  own = batches.config('fixed', mtp=dict(
+      coef=lam, theta_loss='policy', psi_loss=config.mtp.psi_loss))
+  mesh = sharding.make_mesh(own.mesh)
+  with jax.set_mesh(mesh):
+    want, fixed = train_step.make(own, mesh).update(between, second)
+  batches.assert_close(got.params, want.params, rtol=1e-5, atol=1e-5)
+  batches.assert_close(got.occ, between.occ, rtol=1e-6)
+  assert metrics['occ/cross_fitted/c'] == seen['occ/cross_fitted/c']
+  np.testing.assert_allclose(metrics['occ/lambda'], lam, rtol=1e-6)
+  np.testing.assert_allclose(
+      metrics['grad_norm/theta'],
+      (seen['grad_norm/theta'] + fixed['grad_norm/theta']) / 2, rtol=1e-5)
+
+
 def test_rl_only_leaves_psi_untouched_and_detach_does_not():
   for regime, moves in (('rl_only', False), ('detach', True)):
     before, after, _ = _three_updates(regime)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mtp_rl import config as config_lib
-from mtp_rl import occ
+from mtp_rl import curvature, occ
 
 
 def _products(g_rl, g):
@@ -129,7 +129,7 @@ def test_one_jvp_gives_gradient_slope_and_curvature_of_a_quadratic():
   b, h, g = (jnp.asarray(x, jnp.float32) for x in (b, h, g[:, 0]))
   theta = jnp.linspace(-1., 1., len(b))
   objective = lambda t: (b @ t + t @ h @ t / 2, jnp.float32(7))
-  (value, aux), grad, c, hg = occ.directional(objective, theta, g)
+  (value, aux), grad, c, hg = curvature.directional(objective, theta, g)
   assert aux == 7
   np.testing.assert_allclose(value, objective(theta)[0])
   np.testing.assert_allclose(grad, b + h @ theta, rtol=1e-4, atol=1e-5)

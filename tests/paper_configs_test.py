@@ -35,7 +35,8 @@ COMMON = PLAIN | {
     'mtp.modules': 1, 'mtp.regime': 'occ', 'mtp.psi_loss': 'theta',
     'mtp.reference': 'main_old', 'occ.estimator': 'logprob',
     'occ.lambda_plus': 1., 'occ.eps': 1e-8, 'occ.lambda_min': -math.inf,
-    'occ.lambda_max': math.inf, 'occ.ema': 0., 'occ.guard': 0.}
+    'occ.lambda_max': math.inf, 'occ.ema': 0., 'occ.guard': 0.,
+    'occ.measure': 0}
 DAPO = {'rl.loss': 'ppo', 'rl.clip_low': .2, 'rl.clip_high': .28,
         'rl.dual_clip': 10., 'rl.aggregation': 'token-mean'}
 # verl's recipe: the paper's own range is not known to us.
