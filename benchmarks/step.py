@@ -52,7 +52,9 @@ REGIMES = {
     'occ trust_region 1 of 8': ('occ', 'trust_region', 'theta'),
     'detach unchecked': ('detach', 'logprob', 'ce'),  # see `_unchecked`
 }
-_HELD = ' 1 of 8'  # occ.measure=1 of 8 minibatches: the mean over a step
+# occ.measure=1 of 8 minibatches, which measures L eta as well: the mean of a
+# step's updates.
+_HELD = ' 1 of 8'
 
 
 @contextlib.contextmanager
@@ -80,7 +82,8 @@ def _config(regime, estimator, psi_loss, measure=0):
                              d_ff=512, vocab_size=V,
                              head_chunk=_CHUNK.value),
       mtp=config_lib.MTP(regime=regime, psi_loss=psi_loss),
-      occ=config_lib.OCC(estimator=estimator, measure=measure),
+      occ=config_lib.OCC(estimator=estimator, measure=measure,
+                         probe_every=1 if measure else 4),
       rl=config_lib.RL(prompts=32, group=8, minibatches=2),
       rollout=config_lib.Rollout(max_prompt=R, max_response=S))
   validate.validate(config)
