@@ -115,7 +115,7 @@ class OCC:
   solver: str = 'gram'  # K > 1: G^-1 c, or 'per_module': c_k / v_k^2
   scope: str = 'all'  # parameters whose gradients are measured
   disjoint_parts: int = 2  # per minibatch, for estimators that read gradients
-  probe_every: int = 4  # updates between measurements of L eta
+  probe_every: int = 4  # measurements of lambda for one of L eta
   measure: int = 0  # minibatches a step that measure lambda, the first; 0: all
   budget: float = .1  # affordable: share of RL's own gain that MTP may cost
   target: float = .5  # gac: share of MTP where the gradients are free of noise

@@ -128,6 +128,13 @@ REGIMES = {'rl_only': rl_only, 'detach': detach, 'ce': _fixed('ce'),
 HELD = {'held': _fixed(held=True)}  # follows 'occ' within a step: occ.measure
 
 
+def holds(config: config_lib.Config):
+  """Return whether some minibatches of a step keep lambda; see occ.measure."""
+  o, estimator = config.occ, estimators.ESTIMATORS[config.occ.estimator]
+  return (config.mtp.regime == 'occ' and 'deltas' not in estimator.reads
+          and 0 < o.measure < config.rl.minibatches)
+
+
 def update_gradient(params, batch, state, config: config_lib.Config,
                     step=None):
   """Return the `gradients.Result` of a minibatch: the regime's gradient.

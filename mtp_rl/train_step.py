@@ -51,7 +51,7 @@ def train_step(state, batch, *, config: config_lib.Config, transform, rate):
   after = _apply(state, out.gradient, out.occ, transform)
   if 'smoothness' in reads:
     tracked = jax.lax.cond(
-        state.step % o.probe_every == 0,
+        state.occ.count % o.probe_every == 0,  # updates that measured lambda
         lambda: _probe(state, after, out, batch, config),
         lambda: after.occ)
     after = after._replace(occ=tracked)
@@ -157,7 +157,7 @@ class Steps(NamedTuple):
     init_rest: function key -> the same without theta (params has psi and
       theta's adapters alone); for runs that load theta.
     update: function (state, batch) -> (state, metrics); state is donated.
-    hold: the same for minibatches that do not measure lambda (occ.measure).
+    hold: the same for minibatches that keep lambda, see occ.measure, or None.
     score: function (params, `types.Tokens`) -> LogProbs with entropy and
       acceptance.
     abstract: TrainState of ShapeDtypeStructs with shardings.
@@ -228,7 +228,8 @@ def make(config: config_lib.Config, mesh, phase='rl'):
       init_rest=jax.jit(init_rest, out_shardings=shardings._replace(
           params=rest(shardings.params))),
       update=update(config),
-      hold=update(holding) if phase == 'rl' and config.occ.measure else None,
+      hold=(update(holding) if phase == 'rl' and regimes.holds(config)
+            else None),
       score=jax.jit(
           functools.partial(forward.score, config=config, entropy=True,
                             acceptance=True),

@@ -74,10 +74,10 @@ def _update(run, steps, state, batch):
   """
   placed = sharding.batch_sharding(run.mesh)
   seen = []
-  measure = run.config.occ.measure or run.config.rl.minibatches
   for i, part in enumerate(tree.cut(batch, run.config.rl.minibatches)):
     part, packed = packing.for_update(part, run.config)
-    update = steps.update if i < measure else steps.hold
+    holds = steps.hold and i >= run.config.occ.measure
+    update = steps.hold if holds else steps.update
     state, values = update(state, distributed.put(part, placed))
     seen.append(values | packed)
   seen = jax.device_get(seen)
@@ -137,7 +137,7 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
       endings.refuse_diverged(config, updated['skipped_in_a_row'], 'rl', step,
                               saved.latest_path())
       shown |= row
-      bar.set_postfix(_postfix(shown), refresh=False)
+      bar.set_postfix(metrics.postfix(shown), refresh=False)
       bar.update()
       stop = stopped()
       if last or stop or step % config.run.checkpoint_every == 0:
@@ -148,19 +148,6 @@ def rl(run: workdir_lib.Run, warm_params, stopped):
       if looks and not last:
         notes.draw()
   return True
-
-
-def _postfix(row):
-  out = {'reward': f'{row["reward/mean"]:.2f}'}
-  if row['skipped_updates']:
-    out['skipped'] = row['skipped_updates']
-  for name, value in row.items():
-    if name.endswith('/greedy') and value is not None:
-      out['acc'] = f'{value:.2f}'
-  if row.get('occ/lambda') is not None:
-    out['lambda'] = f'{row["occ/lambda"]:+.3f}'
-  out['tok/s'] = f'{row["rollout/tokens_per_s"]:.0f}'
-  return out
 
 
 def finish(run: workdir_lib.Run, status):

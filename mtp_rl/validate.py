@@ -174,13 +174,9 @@ def _validate_mtp(config: config_lib.Config):
         'always be 0; set rl.minibatches >= 2 or occ.estimator=exact')
   _need(o.measure <= config.rl.minibatches, f'occ.measure={o.measure} exceeds '
         f'rl.minibatches={config.rl.minibatches}; set 0 for all of them')
-  _need(not o.measure or (m.regime == 'occ' and 'deltas' not in reads),
-        f'occ.measure={o.measure} is for mtp.regime=occ with an estimator that '
-        'reads gradients, such as occ.estimator=exact; set one, or '
-        'occ.measure=0')
-  _need(not o.measure or not o.guard, f'occ.guard={o.guard} bounds each '
-        f'minibatch by its own gradients, but occ.measure={o.measure} leaves '
-        'some unmeasured; set one of the two to 0')
+  _need(not o.guard or not regimes.holds(config), f'occ.guard={o.guard} bounds '
+        f'each minibatch by its own gradients, but occ.measure={o.measure} '
+        'leaves some unmeasured; set one of the two to 0')
   _need(o.scope == 'all' or (
       'gradients' in reads and 'fisher' not in reads),
         f'occ.scope={o.scope} is read by estimators that read the gradients '

@@ -115,7 +115,7 @@ def test_all_names_are_checked_before_the_first_is_compiled():
   with pytest.raises(config_lib.ConfigError, match='choose a regime'):
     programs.resolve('prefill:exact', config)
   config.rollout.tensor = 0
-  for name in ('reshard', 'window'):
+  for name in ('reshard', 'window', 'hold'):
     with pytest.raises(config_lib.ConfigError, match='leave the program out'):
       programs.resolve(name, config)
 

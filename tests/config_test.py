@@ -67,7 +67,6 @@ from tests import conftest
     (dict(occ=dict(guard=-1.)), 'occ.guard'),
     (dict(occ=dict(measure=-1)), 'occ.measure=-1'),
     (dict(occ=dict(measure=9, estimator='exact')), 'exceeds rl.minibatches='),
-    (dict(occ=dict(measure=1)), 'occ.measure=1 is for mtp.regime=occ with an'),
     (dict(occ=dict(measure=1, guard=.1, estimator='exact')), 'occ.guard=0.1'),
     (dict(occ=dict(lambda_plus=0.)), 'occ.lambda_plus'),
     (dict(mtp=dict(kind='parallel', detach_embedding=True)),

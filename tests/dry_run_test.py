@@ -12,12 +12,13 @@ from tests import conftest
 def test_it_says_what_a_run_takes_and_by_how_much_that_is_too_much(
     monkeypatch):
   config = conftest.tiny_config(model=dict(n_layers=1),
-                                mtp=dict(modules=0, regime='rl_only'))
+                                mtp=dict(regime='occ'),
+                                occ=dict(estimator='exact', measure=1))
   here = dry_run.Room(1, 'cpu', 8 * 2 ** 30, True)
   monkeypatch.setattr(dry_run, 'room', lambda mesh: here)
   found = list(dry_run.needs(dry_run._resolved(config),
                              dry_run.sharding.make_mesh(config.mesh)))
-  assert [n.name for n in found] == ['update', 'rollout']
+  assert [n.name for n in found] == ['update', 'hold', 'rollout']
   # 4 bytes a parameter, and as many for each of Adam's two moments.
   monkeypatch.setattr(dry_run, 'needs', lambda *_: found)
   *_, last = lines = list(dry_run.lines(config))

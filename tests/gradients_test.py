@@ -1,5 +1,6 @@
 """The update: pullbacks, regimes, accumulation, sharding, curvature."""
 
+import dataclasses
 import functools
 
 import jax
@@ -25,9 +26,9 @@ from tests import batches, conftest
 S = batches.S
 
 
-def _gradients(config, modules=1, params=None):
+def _gradients(config, modules=1, params=None, state=None):
   """The combined gradient of a config, the tracked state and the metrics."""
-  state = occ.initial_state(modules)
+  state = state or occ.initial_state(modules)
   params = params or batches.params(modules)
   step = regimes.Step(jnp.float32(config.occ.eta), tree.theta)
   def run(params, batch):
@@ -324,8 +325,27 @@ def test_the_guard_bounds_what_mtp_adds():
   np.testing.assert_allclose(added, .01 * tree.norm(g_rl), rtol=1e-2)
 
 
+@pytest.mark.parametrize('modules, psi_loss, ema', [
+    (1, 'ce', .5), (2, 'theta', 0.)])
+def test_a_lambda_that_is_held_gives_the_gradient_that_it_was_measured_for(
+    modules, psi_loss, ema):
+  config = batches.config('exact', mtp=dict(modules=modules, psi_loss=psi_loss),
+                          occ=dict(disjoint_parts=2, ema=ema, measure=1))
+  want, tracked, seen = _gradients(config, modules)
+  got, after, metrics = _gradients(dataclasses.replace(
+      config, mtp=dataclasses.replace(config.mtp, regime='held')), modules,
+                                   state=tracked)
+  batches.assert_close(got, want)
+  batches.assert_close(after, tracked, rtol=0, atol=0)
+  for name in ('occ/lambda', *(['occ/lambda_2'] if modules > 1 else [])):
+    np.testing.assert_allclose(metrics[name], seen[name], rtol=1e-6)
+    assert abs(seen[name]) > 1e-3
+
+
 def test_l_eta_is_measured_on_the_update_itself():
-  config = batches.config('cross_fitted', occ=dict(probe_every=2, eta=0.))
+  """It counts updates that measure lambda, not those between that keep it."""
+  config = batches.config('cross_fitted', occ=dict(probe_every=2, eta=0.,
+                                                   measure=1))
   mesh = sharding.make_mesh(config.mesh)
   batch = batches.batch()
   theta = lambda p: {**p, **tree.psi(before)}
@@ -346,8 +366,11 @@ def test_l_eta_is_measured_on_the_update_itself():
     expected = .9 * .5 + .1 * np.clip(ratio, .05, 1.)
     measured = float(state.occ.smoothness)
     np.testing.assert_allclose(measured, expected, rtol=1e-3)
-    state, _ = steps.update(state, batch)  # step 1: not measured
-    assert float(state.occ.smoothness) == measured
+    for step in (steps.hold, steps.update, steps.hold):
+      state, _ = step(state, batch)
+      assert float(state.occ.smoothness) == measured
+    state, _ = steps.update(state, batch)  # the third that measures lambda
+    assert float(state.occ.smoothness) != measured
 
 
 @pytest.mark.parametrize('regime', [

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from mtp_rl import config as config_lib
-from mtp_rl import forward, sharding, tasks, tree, validate
+from mtp_rl import forward, regimes, sharding, tasks, tree, validate
 from mtp_rl.aot import programs
 
 
@@ -22,7 +22,7 @@ class Need(NamedTuple):
   """What a program needs, in bytes of one device.
 
   Attributes:
-    name: 'update' or 'rollout'.
+    name: 'update', 'hold' (an update that keeps lambda) or 'rollout'.
     seconds: of compilation.
     peak: everything on the device while it runs, state included.
     state: parameters and optimiser state.
@@ -80,13 +80,14 @@ def _resolved(config: config_lib.Config):
 
 
 def needs(config: config_lib.Config, mesh):
-  """Compile an update and a rollout; yield a `Need` each.
+  """Compile the updates and a rollout; yield a `Need` each.
 
   Args:
     config: `config.Config`, its vocabulary resolved.
     mesh: the device mesh of training.
   """
-  for name in ('update', 'rollout'):
+  hold = ('hold',) if regimes.holds(config) else ()
+  for name in ('update', *hold, 'rollout'):
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
       lowered, _, _, beside = programs.program(name, config, mesh)

@@ -81,11 +81,10 @@ def _batch(config: config_lib.Config, mesh):
       put((rows, r + s), jnp.int32) if packed else None)
 
 
-def update(steps, config: config_lib.Config, mesh):
-  """Return (lowered, tokens) of one optimiser update of a config's regime."""
+def update(step, state, config: config_lib.Config, mesh):
+  """Return (lowered, tokens) of `Steps.update` or `Steps.hold`."""
   batch = _batch(config, mesh)
-  return steps.update.lower(steps.abstract, batch), math.prod(
-      batch.tokens.shape)
+  return step.lower(state, batch), math.prod(batch.tokens.shape)
 
 
 def score(steps, config: config_lib.Config, mesh):
@@ -209,14 +208,19 @@ def resolve(name, config: config_lib.Config):
     raise config_lib.ConfigError(
         'program window is of the sampler with slots, but rollout.slots=0; '
         'set it, or leave the program out')
-  if name in (*SAMPLING, 'reshard', 'score'):
+  if name == 'hold' and not regimes.holds(config):
+    raise config_lib.ConfigError(
+        'program hold is the update of minibatches that keep lambda, but '
+        'all measure it, or none; set occ.measure and an estimator that reads '
+        'gradients, or leave the program out')
+  if name in (*SAMPLING, 'reshard', 'score', 'hold'):
     return config
   regime, _, estimator = name.partition(':')
   if regime not in regimes.REGIMES:
     raise config_lib.ConfigError(
         f'program {name!r} is unknown; choose a regime '
         f'({", ".join(regimes.REGIMES)}), occ:ESTIMATOR, '
-        f'{", ".join(SAMPLING)}, score or reshard')
+        f'{", ".join(SAMPLING)}, score, reshard or hold')
   if regime != 'occ' and not estimator:
     estimator = 'logprob'  # the config's estimator is for its own regime
   config = dataclasses.replace(
@@ -256,7 +260,9 @@ def program(name, config: config_lib.Config, mesh):
   if name == 'score':
     return *score(steps, config, mesh), params, (
         resident - _shard_bytes(params))
-  return *update(steps, config, mesh), params, resident - _shard_bytes(state)
+  step = steps.hold if name == 'hold' else steps.update
+  return *update(step, state, config, mesh), params, (
+      resident - _shard_bytes(state))
 
 
 def compile_all(config: config_lib.Config, topology, programs):

@@ -205,6 +205,20 @@ def progress(config: config_lib.Config, total, start, name):
   return bar
 
 
+def postfix(row):
+  """Return what the bar of the RL phase shows of a row of metrics, a dict."""
+  out = {'reward': f'{row["reward/mean"]:.2f}'}
+  if row['skipped_updates']:
+    out['skipped'] = row['skipped_updates']
+  for name, value in row.items():
+    if name.endswith('/greedy') and value is not None:
+      out['acc'] = f'{value:.2f}'
+  if row.get('occ/lambda') is not None:
+    out['lambda'] = f'{row["occ/lambda"]:+.3f}'
+  out['tok/s'] = f'{row["rollout/tokens_per_s"]:.0f}'
+  return out
+
+
 def write_json(path, values):
   """Write a JSON file atomically: a kill leaves the old file or the new one."""
   if not distributed.is_writer():
