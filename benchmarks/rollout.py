@@ -245,18 +245,19 @@ def _speculation():
 
 def _flips():
   rows, out = 2048, {}
-  cases = {'all': {}, 'slots=64': dict(slots=64), 'slots=3': dict(slots=3),
+  cases = {'slots=64': dict(slots=64), 'slots=3': dict(slots=3),
            'slots=64, draft=3': dict(slots=64, draft=DRAFTS)}
+
+  def drawn(dtype, **more):
+    config, seen = _config('tiny', 16, 128, mtp=True, **more), {}
+    config.model.dtype = dtype
+    _rollout(config, rows, _params(config), _ends(), seen)()
+    return seen['drawn'].rows.tokens
+
   for dtype in ('float32', 'bfloat16'):
-    out[dtype], plain, params = {}, None, None
+    out[dtype], plain = {}, drawn(dtype)
     for name, more in cases.items():
-      config = _config('tiny', 16, 128, mtp=True, **more)
-      config.model.dtype = dtype
-      params = params or _params(config)
-      seen = {}
-      _rollout(config, rows, params, _ends(), seen)()
-      tokens = seen['drawn'].rows.tokens
-      plain = tokens if plain is None else plain
+      tokens = drawn(dtype, **more)
       out[dtype][name] = int((tokens != plain).any(1).sum())
       print(f'{dtype}, {name}: {out[dtype][name]} of {rows} rows differ',
             flush=True)

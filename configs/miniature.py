@@ -39,8 +39,8 @@ with FLAGS one of
     groups   --config.rl.group=32
     steps    --config.rl.steps=160
 
-- Hypothesis: in one of them a variant with lambda other than 0 earns more than
-  detach, which none does with two tied layers, 8 samples and 40 steps.
+- Hypothesis, one a setting: a variant with lambda other than 0 earns more than
+  detach; none of those run with two tied layers, 8 samples and 40 steps did.
 - Measures, paired by seed against detach: mean reward of all steps; held-out
   avg@4 after the last step.
 - Seeds 0 to 9, or those complete after 20 minutes on two cores. Holm's
