@@ -45,6 +45,8 @@ with FLAGS one of
   avg@4 after the last step.
 - Seeds 0 to 9, or those complete after 20 minutes on two cores. Holm's
   correction within each table.
+
+Not run yet.
 """
 
 from configs import quickstart

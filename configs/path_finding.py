@@ -65,7 +65,8 @@ Three seeds were complete, and all six runs guess the arm. Registered before the
 run, without a pilot: six layers, as in arXiv 2403.06963, and twice the updates,
 `--config.model.n_layers=6 --config.warmup.steps=5000 --config.warmup.lr=1e-3`
 in place of the values above; the same hypothesis and measure. Seeds 0 to 4, or
-those of which both variants are complete after 45 minutes on two cores.
+those of which both variants are complete after 45 minutes on two cores. Not run
+yet.
 """
 
 from mtp_rl import config as config_lib
