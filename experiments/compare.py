@@ -38,6 +38,9 @@ _SOLVED = flags.DEFINE_float(
     'solved', None, 'Held-out greedy accuracy (mean of the sets) from which a '
     'seed counts as solved; comparison.md then has the shares.',
     lower_bound=0., upper_bound=1.)
+_SECONDS = flags.DEFINE_bool(
+    'seconds', False, 'Also compare rewards in equal seconds; run with '
+    '--jobs=1 on a quiet machine.')
 _REPORT_ONLY = flags.DEFINE_bool('report_only', False, 'Only write the report.')
 
 
@@ -64,7 +67,7 @@ def main():
     launch.end('interrupted; the same command resumes, and --report_only '
                'makes the tables of the runs that are complete',
                endings.STOPPED)
-  path = study.write_report(plan, failed, _SOLVED.value)
+  path = study.write_report(plan, failed, _SOLVED.value, _SECONDS.value)
   print(f'see {path}, and comparison.html and figures beside it')
   if failed:
     sys.exit(f'error: {len(failed)} runs failed: {", ".join(failed)}; '

@@ -110,6 +110,28 @@ def test_values_of_a_run():
   assert summary.run_values([]) == {}
 
 
+def test_rewards_in_equal_seconds(tmp_path):
+  """4 steps of 1 s beside 4 of 2 s: in 4 s the slower run makes two."""
+  variants = grid.free_variants(
+      conftest.tiny_config(), 'still:mtp.regime=detach;joint:mtp.regime=policy')
+  def run(step_s, rewards):
+    times = [90., *[step_s] * (len(rewards) - 1)]  # the first step compiles
+    return [{'step': 0}, *[
+        {'step': i + 1, 'reward/mean': r, 'timing_s/step': s}
+        for i, (r, s) in enumerate(zip(rewards, times))]]
+  runs = {'still': {0: run(1., [.1, .2, .3, .4]), 1: run(1., [.1] * 4)},
+          'joint': {0: run(2., [.2, .4, .6, .8])}}
+  still, joint = summary.compare(variants, runs, seconds=True)
+  assert still['values']['reward_s'] == pytest.approx({0: .25})
+  assert joint['values']['reward_s'] == pytest.approx({0: .3})
+  assert joint['values']['step_s'] == {0: 2.}
+  assert joint['against']['detach']['reward_s'].mean == pytest.approx(.05)
+  assert 'reward_s' not in summary.compare(variants, runs)[0]['mean']
+  comparison_figures.seconds(variants, runs, str(tmp_path), 'title',
+                             summary.step_seconds)
+  assert (tmp_path / 'seconds.png').stat().st_size > 10_000
+
+
 def test_drafts_in_a_row_are_compared_where_there_are_several():
   variants = grid.free_variants(
       conftest.tiny_config(), 'still:mtp.regime=detach;joint:mtp.regime=policy')

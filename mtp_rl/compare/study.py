@@ -186,7 +186,7 @@ def run(study: Study, slots):
         not job.complete() for job in todo if job.name not in failed)
 
 
-def write_report(study: Study, failed=None, least=None):
+def write_report(study: Study, failed=None, least=None, seconds=False):
   """Write comparison.{json,md,html} and figures/ of the complete runs.
 
   Args:
@@ -194,6 +194,7 @@ def write_report(study: Study, failed=None, least=None):
     failed: dict from `run`, or None.
     least: held-out greedy accuracy from which a seed counts as solved; None:
       shares are left out.
+    seconds: whether rewards are also compared in equal seconds.
 
   Returns:
     path of comparison.md.
@@ -205,7 +206,7 @@ def write_report(study: Study, failed=None, least=None):
   if not any(runs.values()):
     raise config_lib.ConfigError(f'{study.workdir} holds no complete run of '
                                  'this comparison')
-  rows = summary.compare(study.variants, runs)
+  rows = summary.compare(study.variants, runs, seconds)
   task = study.base.task
   title = (f'{task.name} {task.dataset}'.strip() +
            f': {len(study.variants)} variants, seeds: {len(study.seeds)}, '
@@ -229,6 +230,9 @@ def write_report(study: Study, failed=None, least=None):
   directory = os.path.join(study.workdir, 'figures')
   os.makedirs(directory, exist_ok=True)
   comparison_figures.draw_all(study.variants, runs, rows, directory, title)
+  if seconds:
+    comparison_figures.seconds(study.variants, runs, directory, title,
+                               summary.step_seconds)
   for name, seeds in runs.items():
     for seed in seeds:  # runs of older versions have no page
       if not os.path.exists(os.path.join(study.path(name, seed),

@@ -22,11 +22,14 @@ METRICS = {
     'entropy': 'entropy',
     'lambda': 'mean lambda',
     'update_s': 's of updates a step',
+    'step_s': 's a step',
+    'reward_s': 'reward in equal seconds',
     'warmup_loss': 'loss after the warm-up',
     'warmup_floor': 'its floor',
 }
 # Metrics whose paired differences the tables show; comparison.json has all.
-SHOWN = ('greedy', 'avg', 'reward', 'accept_expected', 'accept_length')
+SHOWN = ('greedy', 'avg', 'reward', 'reward_s', 'accept_expected',
+         'accept_length')
 LEVEL = .05  # of Holm's correction within a table
 BASELINES = ('detach', 'rl_only')
 
@@ -111,15 +114,46 @@ def baseline(variants, group, regime):
                and v.config.mtp.regime == regime), None)
 
 
-def compare(variants, runs):
+def step_seconds(rows):
+  """Return the median seconds of a step, so compilation does not count."""
+  return statistics.median(r['timing_s/step'] for r in rows if r['step'] > 0)
+
+
+def _in_equal_seconds(variants, runs):
+  """Return name -> seed -> values: seconds a step, reward in equal seconds.
+
+  That is the mean reward of the steps that a run makes in the seconds that the
+  fastest run of the same seed and group takes for all of its steps.
+  """
+  out = {v.name: {} for v in variants}
+  for group in dict.fromkeys(v.group for v in variants):
+    names = [v.name for v in variants if v.group == group]
+    for seed in set.intersection(*(set(runs[n]) for n in names)):
+      rewards = {n: [r['reward/mean'] for r in runs[n][seed] if r['step'] > 0]
+                 for n in names}
+      each = {n: step_seconds(runs[n][seed]) for n in names}
+      budget = min(each[n] * len(rewards[n]) for n in names)
+      for n in names:
+        steps = max(int(budget / each[n] + 1e-6), 1)
+        out[n][seed] = {'step_s': each[n],
+                        'reward_s': statistics.fmean(rewards[n][:steps])}
+  return out
+
+
+def compare(variants, runs, seconds=False):
   """Return a dict per variant: its values, means and paired differences.
 
   Args:
     variants: list of `grid.Variant`.
     runs: dict from `collect`.
+    seconds: whether rewards are also compared in equal seconds.
   """
   values, each = {}, {name: {s: run_values(rows) for s, rows in seeds.items()}
                       for name, seeds in runs.items()}
+  if seconds:
+    for name, some in _in_equal_seconds(variants, runs).items():
+      for seed, found in some.items():
+        each[name][seed] |= found
   names = list(METRICS | dict.fromkeys(sorted(
       m for some in each.values() for v in some.values() for m in v)))
   for name, some in each.items():
@@ -145,7 +179,7 @@ def compare(variants, runs):
 
 
 def _number(x, name, signed=False):
-  digits = 4 if name in ('lambda', 'update_s') else 3
+  digits = 4 if name in ('lambda', 'update_s', 'step_s') else 3
   text = f'{x:+.{digits}f}' if signed else f'{x:.{digits}f}'
   return text.replace('-', '−')  # noqa: RUF001
 

@@ -133,6 +133,33 @@ def learning(variants, runs, directory, title):
   style.save(figure, directory, 'learning')
 
 
+def seconds(variants, runs, directory, title, step_seconds):
+  """Draw the reward against seconds, means over the seeds, a panel per group.
+
+  Args:
+    variants, runs, directory, title: see `draw_all`.
+    step_seconds: function of a run's rows -> its seconds a step.
+  """
+  styles, groups = lines(variants), _groups(variants)
+  figure, axes = _figure(len(groups), 1, title, width=6.)
+  width = smoothing(runs)
+  for axis, group in zip(axes[:, 0], groups):
+    for v in (v for v in variants if v.group == group and runs[v.name]):
+      steps, mean, _ = curve(runs[v.name], metric('reward/mean'), width)
+      each = np.mean([step_seconds(rows) for rows in runs[v.name].values()])
+      line = styles[v.label]
+      axis.plot(np.asarray(steps) * each, mean, _DASHES[line.dash], lw=1.3,
+                color=line.colour, label=v.label, marker=line.marker, ms=3.6,
+                markevery=max(1, len(steps) // 8))
+    over = f', mean of {width} steps' if width > 1 else ''
+    axis.set_title(f'{group}: reward{over}', fontsize=10)
+    axis.set(xlabel='seconds (steps times the median of one)',
+             ylabel='mean of the rollout')
+    axis.grid(alpha=.25)
+    _legend(axis)
+  style.save(figure, directory, 'seconds')
+
+
 def coefficient(variants, runs, directory, title):
   """Draw lambda of each variant whose regime computes it, a panel each."""
   mine = [v for v in variants if v.config.mtp.regime.startswith('occ')
