@@ -71,7 +71,7 @@ def test_the_updates_of_a_step_copy_nothing_from_the_host_unasked():
   assert state.step == 2 and np.isfinite(metrics['grad_norm/theta'])
 
 
-@pytest.mark.parametrize('ema', [0., .5])
+@pytest.mark.parametrize('ema', [conftest.long(0.), .5])
 def test_behind_the_minibatch_that_measures_lambda_is_held(ema):
   """On 8 devices: one update with the estimator, then one of regime fixed."""
   mesh_8 = dict(data=2, fsdp=2, tensor=2)
