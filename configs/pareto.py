@@ -78,6 +78,19 @@ more of the first, registered before the run:
 - Hypothesis, measures and goal as above.
 - Seeds 500 to 559, or those of which both variants are complete after 26
   minutes on two cores.
+
+Reward against seconds, with rollouts that draft; registered before the run:
+
+    python -m experiments.compare --config=configs/pareto.py --workdir=DIR \
+        --config.seed=600 --seeds=10 --jobs=1 --seconds \
+        --config.mtp.unroll=3 --config.rl.steps=60 --config.eval.every=60 \
+        --variants="plain:$F=detach;drafts:$F=detach,rollout.draft=3;tv-drafts:$F=$T,mtp.coef=1.25,rollout.draft=3"
+
+- Hypothesis: of 256 rows drafts save no time, so plain earns most in equal
+  seconds.
+- Measure, paired by seed against plain: mean reward in equal seconds.
+- Seeds 600 to 609, or those of which all variants are complete after 12
+  minutes on a quiet machine.
 """
 
 from configs import path_finding
