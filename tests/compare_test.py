@@ -127,8 +127,10 @@ def test_rewards_in_equal_seconds(tmp_path):
   assert joint['values']['step_s'] == {0: 2.}
   assert joint['against']['detach']['reward_s'].mean == pytest.approx(.05)
   assert 'reward_s' not in summary.compare(variants, runs)[0]['mean']
-  comparison_figures.seconds(variants, runs, str(tmp_path), 'title',
-                             summary.step_seconds)
+  none = {n: {0: [{'step': 0, 'val/x/greedy': .5}]} for n in runs}  # no RL
+  assert 'reward_s' not in summary.compare(variants, none, True)[0]['mean']
+  comparison_figures.reward_by_seconds(variants, runs, [still, joint],
+                                       str(tmp_path), 'title')
   assert (tmp_path / 'seconds.png').stat().st_size > 10_000
 
 
@@ -426,8 +428,12 @@ def test_a_comparison_from_warm_up_to_figures(real, monkeypatch):
     text = f.read()
   assert '| minus cut |' in text and '| minus still |' in text
   assert 'Wilson' not in text
-  with open(study.write_report(real, least=0.), encoding='utf-8') as f:
-    assert '| cut | 2 of 2 | [0.34, 1.00] |' in f.read()
+  path = study.write_report(real, least=0., seconds=True)
+  with open(path, encoding='utf-8') as f:
+    text = f.read()
+  assert '| cut | 2 of 2 | [0.34, 1.00] |' in text
+  assert '| reward in equal seconds |' in text
+  assert os.path.exists(os.path.join(real.workdir, 'figures', 'seconds.png'))
   with open(os.path.join(real.workdir, 'comparison.json'),
             encoding='utf-8') as f:
     still, cut = json.load(f)['variants']

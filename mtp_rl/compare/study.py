@@ -231,8 +231,8 @@ def write_report(study: Study, failed=None, least=None, seconds=False):
   os.makedirs(directory, exist_ok=True)
   comparison_figures.draw_all(study.variants, runs, rows, directory, title)
   if seconds:
-    comparison_figures.seconds(study.variants, runs, directory, title,
-                               summary.step_seconds)
+    comparison_figures.reward_by_seconds(study.variants, runs, rows, directory,
+                                         title)
   for name, seeds in runs.items():
     for seed in seeds:  # runs of older versions have no page
       if not os.path.exists(os.path.join(study.path(name, seed),

@@ -115,8 +115,12 @@ def baseline(variants, group, regime):
 
 
 def step_seconds(rows):
-  """Return the median seconds of a step, so compilation does not count."""
-  return statistics.median(r['timing_s/step'] for r in rows if r['step'] > 0)
+  """Return the median seconds of a run's RL steps, None where it has none.
+
+  Compilation, in the first of them, does not count.
+  """
+  seen = [r['timing_s/step'] for r in rows if r.get('timing_s/step')]
+  return statistics.median(seen) if seen else None
 
 
 def _in_equal_seconds(variants, runs):
@@ -129,9 +133,11 @@ def _in_equal_seconds(variants, runs):
   for group in dict.fromkeys(v.group for v in variants):
     names = [v.name for v in variants if v.group == group]
     for seed in set.intersection(*(set(runs[n]) for n in names)):
-      rewards = {n: [r['reward/mean'] for r in runs[n][seed] if r['step'] > 0]
-                 for n in names}
+      rewards = {n: [r['reward/mean'] for r in runs[n][seed]
+                     if r.get('reward/mean') is not None] for n in names}
       each = {n: step_seconds(runs[n][seed]) for n in names}
+      if not all(rewards.values()) or None in each.values():
+        continue
       budget = min(each[n] * len(rewards[n]) for n in names)
       for n in names:
         steps = max(int(budget / each[n] + 1e-6), 1)

@@ -8,6 +8,7 @@ from mtp_rl.report import style
 _DASHES = {'solid': '-', 'dashed': '--', 'dotted': ':', 'dashdot': '-.'}
 SHOWN = {'greedy': 'held-out greedy', 'avg': 'held-out avg@k',
          'reward': 'reward, mean of all steps',
+         'reward_s': 'reward in equal seconds',
          'accept_expected': 'drafts accepted',
          'accept_length': 'drafts accepted in a row'}
 
@@ -133,27 +134,30 @@ def learning(variants, runs, directory, title):
   style.save(figure, directory, 'learning')
 
 
-def seconds(variants, runs, directory, title, step_seconds):
+def reward_by_seconds(variants, runs, rows, directory, title):
   """Draw the reward against seconds, means over the seeds, a panel per group.
 
+  Of the seeds that have a reward in equal seconds.
+
   Args:
-    variants, runs, directory, title: see `draw_all`.
-    step_seconds: function of a run's rows -> its seconds a step.
+    variants, runs, rows, directory, title: see `draw_all`.
   """
+  paces = {r['name']: r['values'].get('step_s', {}) for r in rows}
   styles, groups = lines(variants), _groups(variants)
   figure, axes = _figure(len(groups), 1, title, width=6.)
   width = smoothing(runs)
   for axis, group in zip(axes[:, 0], groups):
-    for v in (v for v in variants if v.group == group and runs[v.name]):
-      steps, mean, _ = curve(runs[v.name], metric('reward/mean'), width)
-      each = np.mean([step_seconds(rows) for rows in runs[v.name].values()])
+    for v in (v for v in variants if v.group == group and paces[v.name]):
+      there = {s: runs[v.name][s] for s in paces[v.name]}
+      steps, mean, _ = curve(there, metric('reward/mean'), width)
+      each = np.mean(list(paces[v.name].values()))
       line = styles[v.label]
       axis.plot(np.asarray(steps) * each, mean, _DASHES[line.dash], lw=1.3,
                 color=line.colour, label=v.label, marker=line.marker, ms=3.6,
                 markevery=max(1, len(steps) // 8))
     over = f', mean of {width} steps' if width > 1 else ''
     axis.set_title(f'{group}: reward{over}', fontsize=10)
-    axis.set(xlabel='seconds (steps times the median of one)',
+    axis.set(xlabel="seconds (steps times the mean of the seeds' medians)",
              ylabel='mean of the rollout')
     axis.grid(alpha=.25)
     _legend(axis)
