@@ -38,6 +38,19 @@ the command; registered before the run, without a pilot:
   are .09). Measures and goal: that mean, and avg@4, as above.
 - Seeds 0 to 9, or those of which all three variants are complete after 50
   minutes on two cores; Holm within the table.
+
+Other losses, registered before the runs, without a pilot; F as above:
+
+    one module three times, by the loss that meets the goal in path finding
+    (configs/pareto.py): --config.mtp.unroll=3 and --config.seed=10 added, and
+        --variants="detach:$F=detach;tv-1.25:$F=fixed,mtp.theta_loss=tv,mtp.coef=1.25"
+    once: the command above with
+        --variants="detach:$F=detach;ce-.3:$F=fixed,mtp.theta_loss=ce,mtp.coef=.3;policy-.3:$F=fixed,mtp.coef=.3;tv-1:$F=fixed,mtp.theta_loss=tv,mtp.coef=1"
+
+- Hypothesis, measures and goal as above: 3 points of drafts, or .09 in a row,
+  at an avg@4 whose interval lies above -1 point.
+- Seeds 10 to 19 and 0 to 9, or those of which all variants are complete after
+  20 and 30 minutes on two cores; Holm within each table. Not run yet.
 """
 
 from mtp_rl import config as config_lib
