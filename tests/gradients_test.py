@@ -135,26 +135,54 @@ def test_authors_lambda_scales_the_advantages():
 
 
 @functools.cache
-def _plain(modules=2):
+def _plain(modules=2, loss='policy'):
   """g_RL and [g_k] over theta by plain differentiation of each loss."""
   l_rl, l_mtp = _losses(batches.config('exact', mtp=dict(modules=modules)),
                         modules)
   theta = tree.theta(batches.params(modules))
   psi = tree.psi(batches.params(modules))
   up = lambda f: (lambda t: -f({**t, **psi}))
-  jac = jax.jit(jax.jacrev(up(l_mtp['policy'])))(theta)
+  jac = jax.jit(jax.jacrev(up(l_mtp[loss])))(theta)
   return (jax.jit(jax.grad(up(l_rl)))(theta),
           [jax.tree.map(lambda x, k=k: x[k], jac) for k in range(modules)])
 
 
-@pytest.mark.parametrize('estimator, parts', [
-    ('exact', 1), conftest.long('preconditioned', 2), ('cross_fitted', 2),
-    ('curvature', 2), ('gac', 2), conftest.long('pcr', 2)])
-def test_exact_products_are_those_of_plain_gradients(estimator, parts):
-  config = batches.config(estimator, mtp=dict(modules=2),
+@functools.cache
+def _halves(modules):
+  """(g_RL, [g_k]) of the even and of the odd prompts, which sum to `_plain`."""
+  config = batches.config('exact', mtp=dict(modules=modules))
+  batch, psi = batches.batch(modules), tree.psi(batches.params(modules))
+  mask = logprobs.mtp_mask(batch.valid, S, modules)
+
+  def objectives(theta, parity):
+    """Of the whole minibatch's losses, through the rows of some prompts."""
+    own = (jnp.arange(batches.ROWS) // config.rl.group % 2 == parity)[:, None]
+    out = forward.score({**theta, **psi}, batch.rows, config=config)
+    main = jnp.where(own, out.main, jax.lax.stop_gradient(out.main))
+    mtp = jnp.where(own[..., None], out.mtp, jax.lax.stop_gradient(out.mtp))
+    return -jnp.append(
+        mtp_loss.policy_losses(mtp, mask, batch, config.rl, 'main_old')[0],
+        policy.rl_loss(main, None, batch, config.rl)[0])
+
+  jac = jax.jit(jax.jacrev(objectives))
+  halves = []
+  for parity in (0, 1):
+    *g, rl = (jax.tree.map(lambda x, i=i: x[i], jac(
+        tree.theta(batches.params(modules)), parity))
+              for i in range(modules + 1))
+    halves.append((rl, g))
+  return halves
+
+
+@pytest.mark.parametrize('estimator, parts, loss', [
+    ('exact', 1, 'policy'), conftest.long('preconditioned', 2, 'policy'),
+    ('cross_fitted', 2, 'kl'), ('curvature', 2, 'policy'), ('gac', 2, 'ce'),
+    conftest.long('pcr', 2, 'policy'), conftest.long('affordable', 2, 'tv')])
+def test_exact_products_are_those_of_plain_gradients(estimator, parts, loss):
+  config = batches.config(estimator, mtp=dict(modules=2, theta_loss=loss),
                           occ=dict(disjoint_parts=parts))
   got, _, metrics = _gradients(config, 2)
-  g_rl, g = _plain()
+  g_rl, g = _plain(2, loss)
   dots = [float(tree.dot(g_rl, x)) for x in g]
   np.testing.assert_allclose(metrics[f'occ/{estimator}/c'], sum(dots),
                              rtol=1e-3)
@@ -222,35 +250,29 @@ def test_readout_holds_the_trunk_fixed(tied):
 
 
 def test_cross_fitting_pairs_disjoint_prompts():
-  config = batches.config('cross_fitted')
+  """c_cross and ||E g_RL||^2 of the halves, and the lambda that follows."""
+  config = batches.config('affordable', occ=dict(lambda_max=99.))
   metrics = _gradients(config)[2]
-  batch, psi = batches.batch(), tree.psi(batches.params())
-  mask = logprobs.mtp_mask(batch.valid, S, 1)
-
-  def gradient(theta, parity, kind):
-    """Of the whole minibatch's loss, through the rows of some prompts."""
-    own = (jnp.arange(batches.ROWS) // config.rl.group % 2 == parity)[:, None]
-    def loss(theta):
-      out = forward.score({**theta, **psi}, batch.rows, config=config)
-      if kind == 'rl':
-        main = jnp.where(own, out.main, jax.lax.stop_gradient(out.main))
-        return policy.rl_loss(main, None, batch, config.rl)[0]
-      mtp = jnp.where(own[..., None], out.mtp,
-                      jax.lax.stop_gradient(out.mtp))
-      return mtp_loss.policy_losses(mtp, mask, batch, config.rl,
-                                    'main_old')[0][0]
-    return jax.grad(loss)(theta)
-
-  theta = tree.theta(batches.params())
-  gradient = jax.jit(gradient, static_argnums=2)
-  cross = 2 * sum(tree.dot(gradient(theta, i, 'rl'),
-                           gradient(theta, 1 - i, 'mtp')) for i in (0, 1))
-  np.testing.assert_allclose(metrics['occ/cross_fitted/c_cross'], cross,
+  (a_rl, (a,)), (b_rl, (b,)) = _halves(1)
+  g_rl, (g,) = _plain(1)
+  cross = tree.dot(a_rl, b) + tree.dot(b_rl, a)
+  cross, rl_cross = 2 * cross, 4 * tree.dot(a_rl, b_rl)
+  np.testing.assert_allclose(metrics['occ/affordable/c_cross'], cross,
                              rtol=1e-3)
+  np.testing.assert_allclose(metrics['occ/affordable/rl_cross'], rl_cross,
+                             rtol=1e-3)
+  s, v2 = float(metrics['occ/affordable/smoothness']), tree.dot(g, g)
+  slope = cross - s * tree.dot(g_rl, g)
+  gain = rl_cross - s * tree.dot(g_rl, g_rl) / 2
+  np.testing.assert_allclose(
+      metrics['occ/lambda'],
+      (slope + np.sqrt(slope ** 2 + 2 * s * v2 * config.occ.budget * max(
+          gain, 0))) / (s * v2), rtol=2e-3)
 
 
-def test_fisher_products_are_those_of_the_explicit_matrix():
-  config = batches.config('trust_region', mtp=dict(modules=2))
+def test_fisher_products_and_lambda_are_those_of_the_explicit_matrix():
+  config = batches.config('trust_region', mtp=dict(modules=2),
+                          occ=dict(lambda_min=-99., lambda_max=99.))
   metrics = _gradients(config, 2)[2]
   g_rl, g = _plain()
   batch, params = batches.batch(2), batches.params(2)
@@ -269,12 +291,22 @@ def test_fisher_products_are_those_of_the_explicit_matrix():
   rows = np.concatenate([np.asarray(x).reshape(batch.mask.size, -1)
                          for x in jax.tree.leaves(jac)], axis=1)
   fisher = rows.T @ rows / batch.mask.sum()
-  rl, *each = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)])
-               for t in (g_rl, *g))
+  flat = lambda t: np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)])
+  rl, *each = map(flat, (g_rl, *g))
   np.testing.assert_allclose(metrics['occ/trust_region/rl_f_mtp'],
                              sum(rl @ fisher @ x for x in each), rtol=1e-3)
   np.testing.assert_allclose(metrics['occ/trust_region/mtp_f_mtp'],
                              sum(x @ fisher @ x for x in each), rtol=1e-3)
+  # The lambda of most Delta: beta g'F (g_RL + g lambda) = c_cross, in matrices.
+  (a_rl, a), (b_rl, b) = ((flat(r), np.stack([flat(x) for x in g]))
+                          for r, g in _halves(2))
+  s, g = float(metrics['occ/trust_region/smoothness']), np.stack(each)
+  beta = s * (rl @ rl) / (rl @ fisher @ rl)
+  expected = np.linalg.solve(
+      beta * g @ fisher @ g.T,
+      2 * (a @ b_rl + b @ a_rl) - beta * g @ fisher @ rl)
+  np.testing.assert_allclose([metrics['occ/lambda_1'], metrics['occ/lambda_2']],
+                             expected, rtol=1e-2)
 
 
 def test_hessian_vector_product_is_the_central_difference():
@@ -375,7 +407,8 @@ def test_l_eta_is_measured_on_the_update_itself():
 
 @pytest.mark.parametrize('regime', [
     *map(conftest.long, ('detach', 'ce', 'fixed', 'exact', 'curvature',
-                         'cross_fitted')), 'occ'])
+                         'cross_fitted', 'affordable', 'trust_region', 'gac',
+                         'pcr')), 'occ'])
 def test_accumulated_is_whole(regime):
   sections = dict(rl=dict(loss='gspo', dual_clip=0., clip_low=.05,
                           clip_high=.05, aggregation='seq-mean-token-mean'))
