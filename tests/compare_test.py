@@ -141,7 +141,9 @@ def test_drafts_in_a_row_are_compared_where_there_are_several():
     row = lambda length: [{'step': 1, 'reward/mean': 0.,
                            'mtp_1/accept_expected': .5,
                            'mtp/accept_length': length,
-                           'mtp_2/accept_cumulative': .2 if second else None}]
+                           'mtp_1/accept_cumulative': .5,
+                           'mtp_2/accept_cumulative':
+                               length - .5 if second else None}]
     return summary.markdown(summary.compare(variants, {
         'still': {0: row(.5), 1: row(.7)},
         'joint': {0: row(.5 + more), 1: row(.7 + more)}}), 'title')
@@ -149,7 +151,10 @@ def test_drafts_in_a_row_are_compared_where_there_are_several():
   table = text(.2, second=True).split('minus still')[1]
   assert '| drafts accepted | drafts accepted in a row |' in table
   assert '**+0.200**\\* [+0.200, +0.200]' in table
-  assert 'in a row' not in text(0.)
+  by_depth = text(.2, second=True).split('| first 1 pass | first 2 pass |')
+  assert '| joint | 2 | 0.500 | 0.300 |' in by_depth[1]
+  assert '| joint | 2 | +0.000 [+0.000, +0.000] | **+0.200**' in by_depth[2]
+  assert 'in a row' not in text(0.) and 'pass |' not in text(0.)
 
 
 def test_several_held_out_sets_have_a_table_of_their_own():
@@ -475,7 +480,8 @@ def test_the_trade_of_drafts_against_accuracy_is_drawn(tmp_path, monkeypatch):
   assert found['ce-0.1']['accept_expected'].mean == pytest.approx(.03)
   for some in runs.values():
     for (one,) in some.values():
-      one |= {'mtp_2/accept_cumulative': .1, 'mtp/accept_length': .6}
+      one |= {'mtp_1/accept_cumulative': .5, 'mtp_2/accept_cumulative': .1,
+              'mtp/accept_length': .6}
   drawn = []
   monkeypatch.setattr(comparison_figures.style, 'save',
                       lambda figure, *_: drawn.append(figure.axes[0]))

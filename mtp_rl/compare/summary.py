@@ -47,10 +47,23 @@ def _by_set(row):
   return seen if len(seen) > 1 else {}
 
 
+def _by_depth(late):
+  """Return {'drafts/<k>': share of first k drafts that pass}, {} of one depth.
+
+  Args:
+    late: function name of a metric -> its values in the last steps.
+  """
+  seen, k = {}, 1
+  while values := late(f'mtp_{k}/accept_cumulative'):
+    seen[f'drafts/{k}'], k = statistics.fmean(values), k + 1
+  return seen if len(seen) > 1 else {}
+
+
 def run_values(rows):
   """Return a run's values, a dict with those `METRICS` that it has.
 
-  And with 'greedy/<set>' where there are several held-out sets.
+  And with 'greedy/<set>' where there are several held-out sets, 'drafts/<k>'
+  where there are several depths.
 
   Args:
     rows: list of rows of metrics.jsonl.
@@ -66,7 +79,8 @@ def run_values(rows):
   ends = {k: late(name) for k, name in (
       ('accept_expected', 'mtp_1/accept_expected'),
       ('accept_length', 'mtp/accept_length'), ('entropy', 'actor/entropy'))}
-  if not column('mtp_2/accept_cumulative'):
+  depths = _by_depth(late)
+  if not depths:
     ends['accept_length'] = []  # of one draft: accept_expected again
   out = {
       'greedy': _mean_at_end(last, 'greedy'),
@@ -78,7 +92,7 @@ def run_values(rows):
       'update_s': statistics.median(seconds) if seconds else None,
       'warmup_loss': first.get('after_warmup/loss'),
       'warmup_floor': first.get('after_warmup/floor'),
-      **_by_set(last),
+      **_by_set(last), **depths,
   }
   return {k: v for k, v in out.items() if v is not None}
 
@@ -252,7 +266,8 @@ def _solved(rows, least):
 def markdown(rows, title, least=None):
   """Return the tables: for each group the means and the paired differences.
 
-  Where there are several held-out sets the same follows for each of them.
+  Where there are several held-out sets the same follows for each of them, and
+  where there are several depths for the drafts up to each.
 
   Args:
     rows: list from `compare`.
@@ -265,19 +280,21 @@ def markdown(rows, title, least=None):
          't-intervals, bold where 0 lies outside (by chance that happens to '
          'one interval in 20), with a star where that also holds by Holm for '
          f'all differences of a table together ({LEVEL:.0%}).\n\n']
-  sets = {m: 'held-out greedy, ' + m.split('/')[1] for r in rows
-          for m in r['mean'] if m.startswith('greedy/')}
+  parts = {kind: {m: text.format(m.split('/')[1]) for r in rows
+                  for m in r['mean'] if m.startswith(kind)} for kind, text in (
+                      ('greedy/', 'held-out greedy, {}'),
+                      ('drafts/', 'first {} pass'))}
   for group in dict.fromkeys(r['group'] for r in rows):
     mine = [r for r in rows if r['group'] == group]
     out.append(f'## {group}\n\n')
-    titles = METRICS | sets
-    for names in filter(None, (shown, sets)):
+    titles = METRICS | parts['greedy/'] | parts['drafts/']
+    for names in filter(None, (shown, *parts.values())):
       out.append(tables.markdown(
           ['variant', 'seeds', *[titles[m] for m in names]],
           [[r['label'], str(len(r['seeds'])), *[
               _number(r['mean'][m].mean, m) if m in r['mean'] else ''
               for m in names]] for r in mine]) + '\n')
-      compared = [m for m in (SHOWN if names is shown else sets) if m in names]
+      compared = [m for m in (SHOWN if names is shown else names) if m in names]
       if least is not None and names is shown and 'greedy' in names:
         out.append(_solved(mine, least))
       out += [_differences(mine, regime, {m: titles[m] for m in compared})
