@@ -7,8 +7,8 @@ r"""Path finding again: the policy loss measured from the main head.
         --variants="detach:mtp.regime=detach;policy-1:$P,mtp.coef=1;policy-.3:$P,mtp.coef=.3;cross-ema.9:$C;own-1:$P,mtp.coef=1,$O;own-.3:$P,mtp.coef=.3,$O;own-cross-ema.9:$C,$O"
 
 An earlier comparison in this setting (experiments/results/README.md, "Path
-finding as it comes") took the ratio of the policy loss from the modules' own
-old log-probs (mtp_old). The tokens come from the main head, so that is
+finding as it comes") took the ratio of its policy variants from the modules'
+own old log-probs (mtp_old). The tokens come from the main head, so that is
 off-policy without a correction; main_old, the paper's, corrects it. Registered
 before the run:
 
