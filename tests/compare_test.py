@@ -491,6 +491,29 @@ def test_the_trade_of_drafts_against_accuracy_is_drawn(tmp_path, monkeypatch):
       'drafts accepted, minus detach', 'drafts accepted in a row, minus detach']
 
 
+def test_warm_ups_are_drawn_seed_by_seed(tmp_path, monkeypatch):
+  variants = grid.free_variants(
+      conftest.tiny_config(), 'next:warmup.mtp_coef=0;heads:warmup.mtp_coef=2')
+  path = lambda name, seed: str(tmp_path / name / f'seed_{seed}')
+  runs = {v.name: {s: [{'step': 0}] for s in (0, 1)} for v in variants}
+  for seed, losses in enumerate(([2., 1.], [2., .5])):
+    (tmp_path / 'heads' / f'seed_{seed}').mkdir(parents=True)
+    with open(f'{path("heads", seed)}/warmup.jsonl', 'w') as f:
+      f.writelines(json.dumps({'step': i, 'warmup/loss': x}) + '\n'
+                   for i, x in enumerate(losses))
+  found = summary.warmups(variants, runs, path)
+  assert set(found['heads']) == {0, 1} and found['next'] == {}
+  drawn = []
+  monkeypatch.setattr(comparison_figures.style, 'save',
+                      lambda figure, _, name: drawn.append((name, figure)))
+  comparison_figures.warmups(variants, found, '', 'title')
+  comparison_figures.learning(variants, runs, '', 'title')  # no step of RL
+  (name, figure), = drawn
+  assert name == 'warmup'
+  lines = [x.get_ydata().tolist() for x in figure.axes[0].lines]
+  assert lines == [[2., 1.], [2., .5]]
+
+
 @pytest.mark.filterwarnings('error')
 @pytest.mark.long
 def test_figures_do_without_the_runs_of_a_variant(real, tmp_path):

@@ -120,6 +120,9 @@ def _legend(axis):
 def learning(variants, runs, directory, title):
   """Draw reward and held-out greedy accuracy, a row of panels per group."""
   styles, groups = lines(variants), _groups(variants)
+  if not any(row['step'] for seeds in runs.values() for rows in seeds.values()
+             for row in rows):
+    return  # no RL: one point a variant, which the tables have
   figure, axes = _figure(len(groups), 2, title)
   width = smoothing(runs)
   for (left, right), group in zip(axes, groups):
@@ -132,6 +135,38 @@ def learning(variants, runs, directory, title):
     right.set_title(f'{group}: held-out greedy', fontsize=10)
     _legend(right)
   style.save(figure, directory, 'learning')
+
+
+def warmups(variants, runs, directory, title):
+  """Draw the main head's loss in the warm-ups, a thin line a seed.
+
+  Whether a seed leaves a plateau is seen in its own line, not in a mean.
+
+  Args:
+    variants: list of `grid.Variant`; those without runs are left out.
+    runs: dict variant's name -> dict seed -> rows of warmup.jsonl.
+    directory: where warmup.png goes.
+    title: above the figure.
+  """
+  variants = [v for v in variants if runs.get(v.name)]
+  if not variants:
+    return
+  styles, groups = lines(variants), _groups(variants)
+  figure, axes = _figure(len(groups), 1, title, width=6., height=3.6)
+  for axis, group in zip(axes[:, 0], groups):
+    for v in (v for v in variants if v.group == group):
+      for i, rows in enumerate(runs[v.name].values()):
+        loss = np.asarray([r['warmup/loss'] for r in rows], float)
+        axis.plot([r['step'] for r in rows],
+                  _smooth(loss, max(1, len(rows) // 50)),
+                  _DASHES[styles[v.label].dash], lw=1., alpha=.8,
+                  color=styles[v.label].colour,
+                  label=v.label if i == 0 else None)
+    axis.set(xlabel='update of the warm-up', yscale='log',
+             ylabel='loss of the main head, nats a token')
+    axis.grid(alpha=.25, which='both')
+    _legend(axis)
+  style.save(figure, directory, 'warmup')
 
 
 def reward_by_seconds(variants, runs, rows, directory, title):
