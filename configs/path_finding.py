@@ -124,7 +124,7 @@ warm-up trains as well; registered before the run, without a pilot:
   after the last step; the mean reward of all steps; shares of seeds with .9 or
   more greedy, with Wilson's intervals. Entropy is shown beside.
 - Seeds 400 to 409, or those complete after 25 minutes on two cores. Holm's
-  correction within the table. Not run yet.
+  correction within the table.
 """
 
 from mtp_rl import config as config_lib
