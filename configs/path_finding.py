@@ -78,6 +78,8 @@ same again, registered before the run, on new seeds: --config.seed=5 --seeds=6.
 - Seeds 5 to 10, or those of which both variants are complete after 46 minutes
   on two cores.
 
+Three of six with the heads, none without (.248 [-.018, .513]).
+
 Then RL from those models with heads, which plan in part: does it pay that theta
 follows the heads in RL, too? Registered before the run, without a pilot from
 these models (one of 400 steps from next token alone, seed 0, detach and policy

@@ -230,9 +230,11 @@ def write_report(study: Study, failed=None, least=None, seconds=False):
   directory = os.path.join(study.workdir, 'figures')
   os.makedirs(directory, exist_ok=True)
   comparison_figures.draw_all(study.variants, runs, rows, directory, title)
-  comparison_figures.warmups(study.variants, summary.warmups(
-      [v for v in study.variants if grid.own_warmup(study.base, v)], runs,
-      study.path), directory, title)
+  if any(grid.own_warmup(study.base, v) for v in study.variants):
+    shared = {v.name for v in study.variants if study.shares_warmup(v)}
+    comparison_figures.warmups(study.variants, summary.warmups(
+        study.variants, runs, lambda name, seed: study.path(
+            'warmup' if name in shared else name, seed)), directory, title)
   if seconds:
     comparison_figures.reward_by_seconds(study.variants, runs, rows, directory,
                                          title)

@@ -123,10 +123,11 @@ def collect(variants, seeds, path):
 
 
 def warmups(variants, runs, path):
-  """Read the warm-ups that runs did themselves, as `collect` reads RL's rows.
+  """Read the warm-ups of runs, as `collect` reads their RL.
 
   Args:
-    variants, path: see `collect`.
+    variants: see `collect`.
+    path: function (variant's name, seed) -> workdir of the warm-up.
     runs: dict from `collect`; seeds that it lacks are left out.
   """
   return {v.name: {s: rows for s in runs[v.name] if (rows := metrics.read(
