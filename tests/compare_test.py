@@ -12,6 +12,7 @@ import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from configs import from_json
@@ -491,27 +492,59 @@ def test_the_trade_of_drafts_against_accuracy_is_drawn(tmp_path, monkeypatch):
       'drafts accepted, minus detach', 'drafts accepted in a row, minus detach']
 
 
-def test_warm_ups_are_drawn_seed_by_seed(tmp_path, monkeypatch):
-  variants = grid.free_variants(
-      conftest.tiny_config(), 'next:warmup.mtp_coef=0;heads:warmup.mtp_coef=2')
-  path = lambda name, seed: str(tmp_path / name / f'seed_{seed}')
-  runs = {v.name: {s: [{'step': 0}] for s in (0, 1)} for v in variants}
-  for seed, losses in enumerate(([2., 1.], [2., .5])):
-    (tmp_path / 'heads' / f'seed_{seed}').mkdir(parents=True)
-    with open(f'{path("heads", seed)}/warmup.jsonl', 'w') as f:
-      f.writelines(json.dumps({'step': i, 'warmup/loss': x}) + '\n'
-                   for i, x in enumerate(losses))
-  found = summary.warmups(variants, runs, path)
-  assert set(found['heads']) == {0, 1} and found['next'] == {}
-  drawn = []
+def _warmed_up(study_, losses):
+  """Write complete runs without RL: name of a warm-up -> its losses by seed."""
+  for v in study_.variants:
+    for seed in study_.seeds:
+      os.makedirs(study_.path(v.name, seed))
+      for name, row in (('summary.json', {'status': 'complete'}),
+                        ('config.json', config_io.to_dict(v.config)),
+                        ('metrics.jsonl', {'step': 0, 'val/x/greedy': .5})):
+        with open(os.path.join(study_.path(v.name, seed), name), 'w',
+                  encoding='utf-8') as f:
+          f.write(json.dumps(row) + '\n')
+  for name, by_seed in losses.items():
+    for seed, each in enumerate(by_seed):
+      os.makedirs(study_.path(name, seed), exist_ok=True)
+      with open(os.path.join(study_.path(name, seed), 'warmup.jsonl'), 'w',
+                encoding='utf-8') as f:
+        f.writelines(json.dumps({'step': i, 'warmup/loss': x}) + '\n'
+                     for i, x in enumerate(each))
+
+
+@pytest.mark.parametrize('own', [True, False])
+def test_warm_ups_are_drawn_seed_by_seed(tmp_path, monkeypatch, own):
+  """One that all variants share says nothing about them, and is not drawn."""
+  base = conftest.tiny_config(warmup=dict(steps=3), rl=dict(steps=0))
+  variants = grid.free_variants(base, 'shared:rl.lr=.1;other:' + (
+      'warmup.mtp_coef=2' if own else 'rl.lr=.2'))
+  found = study.Study(base, variants, [0, 1], str(tmp_path))
+  _warmed_up(found, {'warmup': ([2., 1., 1.], [2., None, 2.])} | (
+      {'other': ([2., .5, .5], [2., .25, .25])} if own else {}))
+  drawn = {}
   monkeypatch.setattr(comparison_figures.style, 'save',
-                      lambda figure, _, name: drawn.append((name, figure)))
-  comparison_figures.warmups(variants, found, '', 'title')
-  comparison_figures.learning(variants, runs, '', 'title')  # no step of RL
-  (name, figure), = drawn
-  assert name == 'warmup'
-  lines = [x.get_ydata().tolist() for x in figure.axes[0].lines]
-  assert lines == [[2., 1.], [2., .5]]
+                      lambda figure, _, name: drawn.update({name: figure}))
+  study.write_report(found)
+  assert 'learning' not in drawn  # no step of RL
+  assert ('warmup' in drawn) == own
+  if own:
+    lines = drawn['warmup'].axes[0].lines
+    np.testing.assert_array_equal([x.get_ydata() for x in lines], [
+        [2., 1., 1.], [2., np.nan, 2.], [2., .5, .5], [2., .25, .25]])
+    assert [x.get_label() for x in lines][::2] == ['shared', 'other']
+    assert len({x.get_color() for x in lines}) == 2
+
+
+def test_a_garbled_warm_up_is_named(tmp_path):
+  base = conftest.tiny_config(warmup=dict(steps=3), rl=dict(steps=0))
+  found = study.Study(base, grid.free_variants(
+      base, 'a:warmup.mtp_coef=0;b:warmup.mtp_coef=2'), [0], str(tmp_path))
+  _warmed_up(found, {'a': ([2., 1.],)})
+  path = os.path.join(found.path('a', 0), 'warmup.jsonl')
+  with open(path, 'a', encoding='utf-8') as f:
+    f.write('{"step": 2}\n{"step": 3, "warmup/loss": 1.0}\n')
+  with pytest.raises(config_lib.ConfigError, match=r'warmup\.jsonl'):
+    study.write_report(found)
 
 
 @pytest.mark.filterwarnings('error')

@@ -249,25 +249,26 @@ def test_readout_holds_the_trunk_fixed(tied):
   np.testing.assert_allclose(out['occ/readout/v2'], tree.dot(g, g), rtol=1e-4)
 
 
-def test_cross_fitting_pairs_disjoint_prompts():
+@pytest.mark.parametrize('estimator', ['cross_fitted', 'affordable'])
+def test_cross_fitting_pairs_disjoint_prompts(estimator):
   """c_cross and ||E g_RL||^2 of the halves, and the lambda that follows."""
-  config = batches.config('affordable', occ=dict(lambda_max=99.))
+  config = batches.config(estimator, occ=dict(lambda_min=-99., lambda_max=99.))
   metrics = _gradients(config)[2]
   (a_rl, (a,)), (b_rl, (b,)) = _halves(1)
   g_rl, (g,) = _plain(1)
-  cross = tree.dot(a_rl, b) + tree.dot(b_rl, a)
-  cross, rl_cross = 2 * cross, 4 * tree.dot(a_rl, b_rl)
-  np.testing.assert_allclose(metrics['occ/affordable/c_cross'], cross,
+  cross = 2 * (tree.dot(a_rl, b) + tree.dot(b_rl, a))
+  np.testing.assert_allclose(metrics[f'occ/{estimator}/c_cross'], cross,
                              rtol=1e-3)
-  np.testing.assert_allclose(metrics['occ/affordable/rl_cross'], rl_cross,
-                             rtol=1e-3)
-  s, v2 = float(metrics['occ/affordable/smoothness']), tree.dot(g, g)
-  slope = cross - s * tree.dot(g_rl, g)
-  gain = rl_cross - s * tree.dot(g_rl, g_rl) / 2
-  np.testing.assert_allclose(
-      metrics['occ/lambda'],
-      (slope + np.sqrt(slope ** 2 + 2 * s * v2 * config.occ.budget * max(
-          gain, 0))) / (s * v2), rtol=2e-3)
+  s, v2 = float(metrics[f'occ/{estimator}/smoothness']), tree.dot(g, g)
+  slope, root = cross - s * tree.dot(g_rl, g), 0.
+  if estimator == 'affordable':
+    rl_cross = 4 * tree.dot(a_rl, b_rl)
+    np.testing.assert_allclose(metrics['occ/affordable/rl_cross'], rl_cross,
+                               rtol=1e-3)
+    gain = rl_cross - s * tree.dot(g_rl, g_rl) / 2
+    root = np.sqrt(slope ** 2 + 2 * s * v2 * config.occ.budget * max(gain, 0))
+  np.testing.assert_allclose(metrics['occ/lambda'], (slope + root) / (s * v2),
+                             rtol=2e-3)
 
 
 def test_fisher_products_and_lambda_are_those_of_the_explicit_matrix():

@@ -186,6 +186,25 @@ def run(study: Study, slots):
         not job.complete() for job in todo if job.name not in failed)
 
 
+def _warmups(study: Study, runs):
+  """Return name -> seed -> rows of warmup.jsonl; {} if all share one warm-up.
+
+  Args:
+    study: `Study`.
+    runs: dict from `summary.collect`; seeds that it lacks are left out.
+
+  Raises:
+    config.ConfigError: a line of a file is no row of a warm-up.
+  """
+  if not any(grid.own_warmup(study.base, v) for v in study.variants):
+    return {}
+  home = {v.name: 'warmup' if study.shares_warmup(v) else v.name
+          for v in study.variants}
+  return {name: {s: rows for s in seeds if (rows := metrics.read(
+      os.path.join(study.path(home[name], s), 'warmup.jsonl'),
+      ('step', 'warmup/loss')))} for name, seeds in runs.items()}
+
+
 def write_report(study: Study, failed=None, least=None, seconds=False):
   """Write comparison.{json,md,html} and figures/ of the complete runs.
 
@@ -230,11 +249,8 @@ def write_report(study: Study, failed=None, least=None, seconds=False):
   directory = os.path.join(study.workdir, 'figures')
   os.makedirs(directory, exist_ok=True)
   comparison_figures.draw_all(study.variants, runs, rows, directory, title)
-  if any(grid.own_warmup(study.base, v) for v in study.variants):
-    shared = {v.name for v in study.variants if study.shares_warmup(v)}
-    comparison_figures.warmups(study.variants, summary.warmups(
-        study.variants, runs, lambda name, seed: study.path(
-            'warmup' if name in shared else name, seed)), directory, title)
+  comparison_figures.warmups(study.variants, _warmups(study, runs), directory,
+                             title)
   if seconds:
     comparison_figures.reward_by_seconds(study.variants, runs, rows, directory,
                                          title)

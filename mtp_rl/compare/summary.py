@@ -122,18 +122,6 @@ def collect(variants, seeds, path):
       for s in seeds if is_complete(path(v.name, s))} for v in variants}
 
 
-def warmups(variants, runs, path):
-  """Read the warm-ups of runs, as `collect` reads their RL.
-
-  Args:
-    variants: see `collect`.
-    path: function (variant's name, seed) -> workdir of the warm-up.
-    runs: dict from `collect`; seeds that it lacks are left out.
-  """
-  return {v.name: {s: rows for s in runs[v.name] if (rows := metrics.read(
-      os.path.join(path(v.name, s), 'warmup.jsonl')))} for v in variants}
-
-
 def baseline(variants, group, regime):
   """Return the first variant of a group with a regime, or None."""
   return next((v for v in variants if v.group == group
