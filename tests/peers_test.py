@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from mtp_rl.run import metrics
-from mtp_rl.run import peers
+from mtp_rl.run import metrics, peers
 from tests import distributed_test
 
 LOST_S, PATIENCE_S = 8, 6
