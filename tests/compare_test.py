@@ -75,6 +75,16 @@ def test_wilson_by_hand():
   assert intervals.share(0, 20).low == 0. and intervals.share(0, 0) is None
 
 
+def test_fisher_by_hand():
+  # No seed of 11 against 6: the tables as far out, or further, have all six of
+  # 22 on one side, so p = 2 (11 over 6) / (22 over 6).
+  share = intervals.share
+  p = intervals.shares_differ(share(0, 11), share(6, 11))
+  assert p == pytest.approx(2 * math.comb(11, 6) / math.comb(22, 6))
+  assert p == intervals.shares_differ(share(6, 11), share(0, 11))
+  assert intervals.shares_differ(share(2, 3), share(2, 3)) == 1.
+
+
 def test_shares_of_seeds_that_solve_a_task():
   variants = grid.free_variants(
       conftest.tiny_config(), 'a:mtp.regime=detach;b:mtp.regime=detach')
@@ -83,8 +93,9 @@ def test_shares_of_seeds_that_solve_a_task():
           for v, seen in zip(variants, ((.5, .9, 1.), (.89, .5, .5)))}
   rows = summary.compare(variants, runs)
   text = summary.markdown(rows, 'title', .9)
-  assert '| a | 2 of 3 | [0.21, 0.94] |' in text
-  assert '| b | 0 of 3 | [0.00, 0.56] |' in text
+  assert "Fisher's p against a" in text
+  assert '| a | 2 of 3 | [0.21, 0.94] |  |' in text
+  assert '| b | 0 of 3 | [0.00, 0.56] | 0.4 |' in text  # 2 * 3 / (6 over 2)
   assert '| minus a |' in text  # the first is the baseline of its regime
   assert 'Wilson' not in summary.markdown(rows, 'title')
   assert comparison_figures.differences(rows, 'greedy') == [

@@ -251,16 +251,28 @@ def solved(row, least):
 
 
 def _solved(rows, least):
-  """Return the table of the shares of seeds that solve the task."""
+  """Return the table of the shares of seeds that solve the task.
+
+  And, where the group has a baseline, Fisher's p of each share against its.
+  """
+  base = next((r for regime in BASELINES for r in rows
+               if r['regime'] == regime), None)
+  titles = ['variant', f'seeds with greedy {least:g} or more',
+            'share, Wilson 95 %']
+  if base is not None:
+    titles.append(f'Fisher\'s p against {base["label"]}')
   lines = []
   for row in rows:
     x = solved(row, least)
-    lines.append([row['label'], *(
-        [f'{round(x.mean * x.n)} of {x.n}', f'[{x.low:.2f}, {x.high:.2f}]']
-        if x else ['', ''])])
-  return tables.markdown(
-      ['variant', f'seeds with greedy {least:g} or more', 'share, Wilson 95 %'],
-      lines) + '\n'
+    line = [row['label'], '', ''] if x is None else [
+        row['label'], f'{round(x.mean * x.n)} of {x.n}',
+        f'[{x.low:.2f}, {x.high:.2f}]']
+    if base is not None:
+      other = solved(base, least)
+      line.append('' if row is base or not (x and other) else
+                  f'{intervals.shares_differ(x, other):.2g}')
+    lines.append(line)
+  return tables.markdown(titles, lines) + '\n'
 
 
 def markdown(rows, title, least=None):

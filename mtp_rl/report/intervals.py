@@ -1,4 +1,4 @@
-"""Means and shares with 95 % intervals: Student's t, Wilson, the bootstrap."""
+"""Means and shares with 95 % intervals (t, Wilson, bootstrap), and tests."""
 
 import math
 import statistics
@@ -45,6 +45,16 @@ def share(count, n):
     return None
   ends = stats.binomtest(count, n).proportion_ci(method='wilson')
   return Interval(count / n, float(ends.low), float(ends.high), n)
+
+
+def shares_differ(a, b):
+  """Return the two-sided p of Fisher's exact test (1922) of equal shares.
+
+  Args:
+    a, b: `Interval` of `share`, of different samples.
+  """
+  counts = [[round(x.mean * x.n), round((1 - x.mean) * x.n)] for x in (a, b)]
+  return float(stats.fisher_exact(counts).pvalue)
 
 
 def p_value(x):
