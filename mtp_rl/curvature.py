@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mtp_rl import config as config_lib
 from mtp_rl import forward, occ, tree
-from mtp_rl.models import attention
+from mtp_rl.models import attention, moe
 from mtp_rl.objectives import policy
 
 
@@ -20,6 +20,17 @@ def _differentiable(config: config_lib.Config):
   """Return the config with attention that can be differentiated forward."""
   return dataclasses.replace(
       config, model=attention.without_kernels(config.model))
+
+
+def _forward_alone(config: config_lib.Config):
+  """Return the config of log-probs that jax.jvp alone can differentiate.
+
+  They are float32: the matmuls of bfloat16, and the experts', have a backward
+  pass of their own, which forward mode does not know.
+  """
+  return dataclasses.replace(config, model=dataclasses.replace(
+      attention.without_kernels(config.model), dtype='float32',
+      expert_form=moe.FORWARD))
 
 
 def directional(objective, theta, direction):
@@ -84,14 +95,14 @@ def fisher(work, rows, g_rl, g):
 
   F over the sampled tokens is the mean of grad log pi grad log pi', so <a, F b>
   is the mean of the products of two directional derivatives of log pi: forward
-  mode alone, all K + 1 directions at once.
+  mode alone, all K + 1 directions at once, in float32 whatever `model.dtype`.
 
   Args:
     work, rows: see `hessian`; rows are not packed.
     g_rl, g: g_RL and the list of K gradients, trees like theta.
   """
   theta, config = tree.theta(tree.trained(work.params)), work.config
-  config, columns = _differentiable(config), work.batch.mask.shape[1]
+  config, columns = _forward_alone(config), work.batch.mask.shape[1]
   along = jax.tree.map(lambda *x: jnp.stack(x), g_rl, *g)
 
   def add(total, rows):

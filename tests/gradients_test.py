@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -271,12 +272,9 @@ def test_cross_fitting_pairs_disjoint_prompts(estimator):
                              rtol=2e-3)
 
 
-def test_fisher_products_and_lambda_are_those_of_the_explicit_matrix():
-  config = batches.config('trust_region', mtp=dict(modules=2),
-                          occ=dict(lambda_min=-99., lambda_max=99.))
-  metrics = _gradients(config, 2)[2]
-  g_rl, g = _plain()
-  batch, params = batches.batch(2), batches.params(2)
+def _each_token(params, config):
+  """Return the gradient over theta of each sampled token's log-prob, [N, P]."""
+  batch = batches.batch(config.mtp.modules)
 
   def logp(theta):
     out = forward.score({**theta, **tree.psi(params)}, batch.rows,
@@ -284,13 +282,47 @@ def test_fisher_products_and_lambda_are_those_of_the_explicit_matrix():
     return jnp.where(batch.mask, out.main, 0.).ravel()
 
   @jax.jit
-  def each_token(theta):  # lax.map: XLA on CPU miscompiles jax.jacrev here
+  def each(theta):  # lax.map: XLA on CPU miscompiles jax.jacrev here
     back = jax.vjp(logp, theta)[1]
     return jax.lax.map(lambda w: back(w)[0], jnp.eye(batch.mask.size))
 
-  jac = each_token(tree.theta(params))
-  rows = np.concatenate([np.asarray(x).reshape(batch.mask.size, -1)
-                         for x in jax.tree.leaves(jac)], axis=1)
+  return np.concatenate([np.asarray(x).reshape(batch.mask.size, -1)
+                         for x in jax.tree.leaves(each(tree.theta(params)))],
+                        axis=1)
+
+
+@pytest.mark.parametrize('model', [
+    dict(dtype='bfloat16'),
+    dict(experts=4, experts_per_token=2, expert_ff=8)])
+def test_fisher_products_of_narrow_floats_and_experts(model):
+  """What has a backward pass of its own is differentiated forward as well."""
+  config = batches.config('trust_region', model=model)
+  net = forward.network(config)
+  params = net.init(jax.random.key(0), jnp.zeros((1, 5), int),
+                    jnp.ones((1, 5), bool))['params']
+  batch = batches.batch()
+  rows = jax.tree.map(lambda x: x[None], batch.rows)
+  work = types.SimpleNamespace(params=params, config=config, batch=batch)
+  wide = batches.config('trust_region', model=model | dict(dtype='float32'))
+  rng = np.random.default_rng(0)
+  a, b = (jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32),
+                       tree.theta(params)) for _ in range(2))
+  found = jax.jit(lambda: curvature.fisher(work, rows, a, [b]))()
+
+  flat = lambda t: np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)])
+  jac = _each_token(params, wide)
+  u, v, count = jac @ flat(a), jac @ flat(b), batch.mask.sum()
+  np.testing.assert_allclose(found.c[0], u @ v / count, rtol=1e-3)
+  np.testing.assert_allclose(found.gram[0, 0], v @ v / count, rtol=1e-3)
+  np.testing.assert_allclose(found.rl, u @ u / count, rtol=1e-3)
+
+
+def test_fisher_products_and_lambda_are_those_of_the_explicit_matrix():
+  config = batches.config('trust_region', mtp=dict(modules=2),
+                          occ=dict(lambda_min=-99., lambda_max=99.))
+  metrics = _gradients(config, 2)[2]
+  g_rl, g = _plain()
+  batch, rows = batches.batch(2), _each_token(batches.params(2), config)
   fisher = rows.T @ rows / batch.mask.sum()
   flat = lambda t: np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)])
   rl, *each = map(flat, (g_rl, *g))

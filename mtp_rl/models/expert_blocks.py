@@ -12,6 +12,8 @@ again, so that nothing of the copies' number times D or F is in memory. What it
 returns may be differentiated once more, forward.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -165,14 +167,20 @@ _blocked = jax.custom_vjp(_product, nondiff_argnums=(5,))
 _blocked.defvjp(_forward, _backward)
 
 
-def mixture(x, chosen, weights, kernels, masters, first=0, shards=1):
+def mixture(x, chosen, weights, kernels, masters, first=0, shards=1,
+            product=_blocked):
   """Return what consecutive experts add to each token.
 
   The arguments are those of `moe.mixture`; all gradients are summed in float32.
+  `product` is `_product`, which jax.jvp alone can differentiate, or the same
+  with its backward pass.
   """
   count, k = kernels[0].shape[0], chosen.shape[1]
   local = chosen.reshape(-1) - first
   local = jnp.where((local >= 0) & (local < count), local, count)
   size = block_size(x.shape[0] * k, count * shards)
-  return _blocked(x, weights, kernels, masters, _plan(local, count, size),
-                  size)
+  return product(x, weights, kernels, masters, _plan(local, count, size),
+                 size)
+
+
+forward = functools.partial(mixture, product=_product)
