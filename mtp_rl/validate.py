@@ -79,6 +79,9 @@ _NOT_NEGATIVE = {
 
 _need = settings.need
 
+# Estimators that do not call `occ.solve`.
+_OWN_SOLVER = ('authors', 'affordable', 'curvature', 'gac', 'pcr')
+
 # Values that have another name today.
 _RENAMED_VALUES = {
     ('mtp.psi_loss', 'joint'): 'theta', ('occ.solver', 'joint'): 'gram',
@@ -158,9 +161,9 @@ def _validate_mtp(config: config_lib.Config):
   _need(m.regime != 'occ_authors' or not o.ema,
         'mtp.regime=occ_authors does not average its lambdas, but occ.ema='
         f'{o.ema}; set occ.ema=0')
-  _need(o.estimator != 'curvature' or o.solver == 'gram',
-        'occ.estimator=curvature solves for all modules together; set '
-        'occ.solver=gram')
+  _need(o.solver == 'gram' or o.estimator not in _OWN_SOLVER,
+        f'occ.estimator={o.estimator} has a rule of its own for several '
+        f'modules and does not read occ.solver={o.solver}; set occ.solver=gram')
   reads = estimators.ESTIMATORS[o.estimator].reads
   _need(m.regime != 'occ' or m.theta_loss == 'policy' or 'deltas' not in reads,
         f'occ.estimator={o.estimator} measures log-probs, which stand in for '
@@ -319,6 +322,10 @@ def _validate_batch(config: config_lib.Config):
   _need(r.overlong_buffer <= config.rollout.max_response,
         f'rl.overlong_buffer={r.overlong_buffer} exceeds rollout.max_response='
         f'{config.rollout.max_response}; both count tokens, set it lower')
+  _need(r.old_logprobs == 'scored' or not r.tis_cap,
+        f'rl.tis_cap={r.tis_cap} weights the old log-probs against those of '
+        'the sampler, but with rl.old_logprobs=rollout they are the same; set '
+        'rl.tis_cap=0 or rl.old_logprobs=scored')
   _need(r.loss == 'ppo' or not r.dual_clip,
         f'rl.loss={r.loss} has no dual clip, but rl.dual_clip={r.dual_clip}; '
         'set rl.dual_clip=0')

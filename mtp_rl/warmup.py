@@ -5,6 +5,7 @@ starts from its own checkpoint.
 """
 
 import contextlib
+import dataclasses
 import os
 import statistics
 
@@ -46,9 +47,10 @@ def _solutions(run, step):
 class Samples:
   """Batches from pools of the model's own completions of training prompts.
 
-  A pool is `warmup.pool` rollouts and serves `warmup.pool_steps` updates. The
-  trunk is frozen, so a pool depends on its number and the seed alone, and a
-  resumed run draws the same samples.
+  A pool is `warmup.pool` rollouts, without drafts, and serves
+  `warmup.pool_steps` updates. The trunk is frozen, so a pool depends on its
+  number and the seed alone, and a resumed run draws the same samples; drafts
+  would come from the modules, which are trained.
   """
 
   def __init__(self, run, abstract):
@@ -59,10 +61,11 @@ class Samples:
       abstract: parameters as ShapeDtypeStructs with shardings.
     """
     self._run, self._number, self._pool = run, None, None
-    self._place = layout.make_place(abstract, run.config, run.mesh)
+    config = dataclasses.replace(run.config, rollout=dataclasses.replace(
+        run.config.rollout, draft=0))
+    self._place = layout.make_place(abstract, config, run.mesh)
     self._generate = slots.make_generate(
-        run.config, run.mesh, abstract, run.task.tokenizer.ends,
-        run.config.rl.group)
+        config, run.mesh, abstract, run.task.tokenizer.ends, config.rl.group)
 
   def _rollout(self, params, index):
     run, config = self._run, self._run.config

@@ -20,6 +20,7 @@ from mtp_rl import config as config_lib
 from mtp_rl import config_io, estimators, trainer
 from mtp_rl.compare import grid, jobs, study, summary
 from mtp_rl.report import comparison_figures, intervals
+from mtp_rl.run import metrics
 from tests import conftest
 
 
@@ -60,9 +61,12 @@ def test_holm_by_hand():
   # .01 <= .05 / 4 stands; .02 > .05 / 3 does not, nor does what follows.
   assert intervals.holm(found) == {'a'}
   assert intervals.holm(found, .08) == {'a', 'b', 'c'}
-  alike = {0: intervals.interval([0., 0.]), 1: intervals.interval([.1, .1]),
+  alike = {0: intervals.interval([0., 0.]),
+           1: intervals.interval([.3, .4 - .1]),
            2: intervals.interval([3.])}
-  assert intervals.holm(alike) == {1}
+  assert intervals.holm(alike) == set()  # no spread: nothing can be tested
+  assert not any(map(intervals.told, alike.values()))
+  assert intervals.told(pair(1., .07)) and not intervals.told(pair(1., 1.))
 
 
 def test_wilson_by_hand():
@@ -158,11 +162,11 @@ def test_drafts_in_a_row_are_compared_where_there_are_several():
                                length - .5 if second else None}]
     return summary.markdown(summary.compare(variants, {
         'still': {0: row(.5), 1: row(.7)},
-        'joint': {0: row(.5 + more), 1: row(.7 + more)}}), 'title')
+        'joint': {0: row(.5 + more), 1: row(.7 + 1.001 * more)}}), 'title')
 
   table = text(.2, second=True).split('minus still')[1]
   assert '| drafts accepted | drafts accepted in a row |' in table
-  assert '**+0.200**\\* [+0.200, +0.200]' in table
+  assert '**+0.200**\\* [+0.199, +0.201]' in table
   by_depth = text(.2, second=True).split('| first 1 pass | first 2 pass |')
   assert '| joint | 2 | 0.500 | 0.300 |' in by_depth[1]
   assert '| joint | 2 | +0.000 [+0.000, +0.000] | **+0.200**' in by_depth[2]
@@ -177,11 +181,11 @@ def test_several_held_out_sets_have_a_table_of_their_own():
                        'val/b/greedy': b}]
   text = summary.markdown(summary.compare(variants, {
       'still': {0: row(.1, .5), 1: row(.3, .5)},
-      'joint': {0: row(.2, .4), 1: row(.4, .2)}}), 'title')
+      'joint': {0: row(.2, .4), 1: row(.4001, .2)}}), 'title')
   means, by_set = text.split('| variant | seeds | held-out greedy, a |')
   assert 'held-out greedy, a' not in means
   assert '| joint | 2 | 0.300 | 0.300 |' in by_set
-  assert '| joint | 2 | **+0.100** [+0.100, +0.100] | −0.200 [' in (  # noqa: RUF001
+  assert '| joint | 2 | **+0.100** [+0.099, +0.101] | −0.200 [' in (  # noqa: RUF001
       by_set.replace(r'\*', ''))
   one = [{'step': 1, 'reward/mean': 0., 'val/a/greedy': .5}]
   assert 'held-out greedy, a' not in summary.markdown(summary.compare(
@@ -275,6 +279,36 @@ def test_a_variant_that_changes_the_warm_up_has_its_own(tmp_path):
   base.warmup.init = shared
   with pytest.raises(config_lib.ConfigError, match='changes warmup.mtp_coef'):
     plan('own:warmup.mtp_coef=0')
+
+
+def test_runs_from_another_warm_up_or_config_are_refused(tmp_path):
+  """A warm-up of the comparison's own may have moved with its directory."""
+  base = conftest.tiny_config(warmup=dict(steps=2))
+  def made(text, init=''):
+    base.warmup.init = init
+    return study.Study(base, grid.free_variants(base, text), [3],
+                       str(tmp_path))
+  def there(init):
+    config = study._config(found, found.variants[0], 3)
+    config.warmup.init = init
+    workdir = found.path('a', 3)
+    os.makedirs(workdir, exist_ok=True)
+    metrics.write_json(os.path.join(workdir, 'config.json'),
+                       config_io.to_dict(config))
+    metrics.write_json(os.path.join(workdir, 'summary.json'),
+                       {'status': 'complete'})
+
+  found = made('a:rl.lr=.1')
+  there('elsewhere/warmup/seed_3')
+  study.plan(found)
+  with pytest.raises(config_lib.ConfigError, match='differs in rl.lr'):
+    study.write_report(made('a:rl.lr=.2'))
+  found = made('a:rl.lr=.1', init='A')
+  there('A')
+  study.plan(found)
+  for refused in (study.plan, study.write_report):
+    with pytest.raises(config_lib.ConfigError, match='differs in warmup.init'):
+      refused(made('a:rl.lr=.1', init='B'))
 
 
 def test_a_config_file_is_a_config(tmp_path):
@@ -509,7 +543,8 @@ def _warmed_up(study_, losses):
     for seed in study_.seeds:
       os.makedirs(study_.path(v.name, seed))
       for name, row in (('summary.json', {'status': 'complete'}),
-                        ('config.json', config_io.to_dict(v.config)),
+                        ('config.json', config_io.to_dict(v.config) | {
+                            'seed': seed}),
                         ('metrics.jsonl', {'step': 0, 'val/x/greedy': .5})):
         with open(os.path.join(study_.path(v.name, seed), name), 'w',
                   encoding='utf-8') as f:

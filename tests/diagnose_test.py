@@ -292,6 +292,25 @@ def test_what_cannot_be_diagnosed_is_one_sentence(run, tmp_path):
   assert 'holds no checkpoint' in _said(tmp_path)
 
 
+@pytest.mark.parametrize('regime, loss', [('ce', 'ce'), ('policy', 'policy'),
+                                          ('detach', 'policy'), ('occ', 'kl')])
+def test_the_mtp_loss_under_study_is_that_of_the_run(regime, loss):
+  mtp, own = dict(regime=regime, psi_loss='ce'), {}
+  if regime == 'occ':
+    mtp['theta_loss'], own = loss, dict(estimator='exact')
+  own = conftest.tiny_config(mtp=mtp, occ=own)
+  assert measure.measuring_config(own, 1.).mtp.theta_loss == loss
+  assert lookahead.config_at(own, .5).mtp.theta_loss == loss
+  assert own.mtp.regime == regime
+
+
+def test_a_run_that_froze_its_modules_has_nothing_to_look_ahead_from(tmp_path):
+  config = conftest.tiny_config(mtp=dict(regime='rl_only'))
+  metrics.write_json(str(tmp_path / 'config.json'), config_io.to_dict(config))
+  said = _said(tmp_path, updates=(1,))
+  assert 'mtp.regime=rl_only' in said and '--lookahead' in said
+
+
 def test_a_workdir_that_keeps_fewer_says_so():
   run = workdir_lib.Run(
       conftest.tiny_config(run=dict(checkpoint_every=50)), '', None, None, None)

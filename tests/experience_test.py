@@ -79,6 +79,8 @@ def test_the_samplers_log_probs_spare_the_scoring(mtp, scored):
   np.testing.assert_array_equal(batch.old_main, batch.sampler)
   assert batch.old_mtp.shape == (P * G, S, mtp.get('modules', 1))
   assert ('actor/entropy' in metrics) == scored
+  # The trainer's -.5 against the sampler's 0: a gap, where both are there.
+  assert metrics.get('rollout/logprob_gap_max') == (.5 if scored else None)
   _, batch, metrics, _ = _collect([[0, 1, 4, 2, 0, 0, 3, 4]], mtp=mtp)
   assert (batch.old_main == -.5).all() and 'actor/entropy' in metrics
 

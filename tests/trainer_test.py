@@ -285,8 +285,12 @@ def test_a_warmup_that_rl_no_longer_needs_is_not_read(tmp_path):
 
 def test_a_foreign_checkpoint_is_named(whole, tmp_path):
   workdir, _ = whole
-  config = _config(model=dict(d_ff=48), warmup=dict(init=workdir))
-  _refused(config, tmp_path, 'd_ff|shape')
+  for model, said in ((dict(d_ff=48), 'd_ff=48'), (
+      dict(n_heads=2, n_kv_heads=1), 'n_heads=2, model.n_kv_heads=1')):
+    config = _config(model=model, warmup=dict(init=workdir))
+    _refused(config, tmp_path, f'trained with .*but here is .*{said}')
+  config = _config(mtp=dict(hidden='pre_norm'), warmup=dict(init=workdir))
+  _refused(config, tmp_path, 'mtp.hidden=post_norm, but here is')
   config = _config(warmup=dict(init=str(tmp_path / 'nothing')))
   _refused(config, tmp_path / 'other', 'nothing')
 

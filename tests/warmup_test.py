@@ -29,6 +29,7 @@ def _config(path, **warmup):
       model=dict(qk_norm=False, vocab_size=V, pretrained=path),
       mtp=dict(fresh=True, unroll=2, psi_loss='tv_e2e'),
       rl=dict(steps=2, kl_coef=.01),
+      rollout=dict(draft=1, verify='rejection'),  # tokens depend on drafts
       warmup=dict(dict(steps=21, lr=1e-2, train='mtp', data='samples',
                        mtp_loss='hybrid',
                        pool_steps=9, pool=2, batch=16), **warmup))

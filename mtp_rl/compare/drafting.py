@@ -40,6 +40,10 @@ from mtp_rl.report import intervals, tables
 from mtp_rl.run import checkpoint, metrics
 from mtp_rl.run import workdir as workdir_lib
 
+# With rollout.* and task.*, what the samples of a seed come from.
+_SHARED = ('seed', 'warmup.batch', 'warmup.pool', 'warmup.pool_steps',
+           'warmup.steps', 'warmup.data', 'warmup.train', 'warmup.init')
+
 
 class Study(NamedTuple):
   """What is compared.
@@ -92,6 +96,14 @@ def plan(base: config_lib.Config, text, seeds, updates, batches, workdir,
       f'{x}:warmup.mtp_loss={x}' if x in losses else x for x in parts))
   if not variants:
     raise config_lib.ConfigError('nothing to compare; set --variants')
+  for v in variants:
+    changed = [n for n in config_io.differences(alone, v.config)
+               if n in _SHARED or n.startswith(('rollout.', 'task.'))]
+    if changed:
+      raise config_lib.ConfigError(
+          f'variant {v.name} changes {", ".join(changed)}, but all variants '
+          'train on the same samples; set it for all, as --config.FIELD=VALUE'
+          ', or leave it out (--at says how many updates)')
   policy = copy.deepcopy(base)
   if base.warmup.train == 'mtp':
     policy.warmup.steps, policy.warmup.train = 0, 'all'
@@ -288,7 +300,7 @@ def _cell(x, signed=False):
   text = f'{x.mean:+.3f}' if signed else f'{x.mean:.3f}'
   if x.low is None:
     return text
-  told = signed and (x.low > 0 or x.high < 0)
+  told = signed and intervals.told(x)
   half = (x.high - x.low) / 2
   return f'{"**" * told}{text}{"**" * told} ± {half:.3f}'.replace('-', '−')  # noqa: RUF001
 

@@ -24,7 +24,6 @@ from mtp_rl.report import comparison_figures, comparison_page, page
 from mtp_rl.run import checkpoint, metrics, signals
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-_IGNORED = ('warmup.init', 'run.progress')
 
 
 class Study(NamedTuple):
@@ -67,6 +66,28 @@ def _warmed_up(config: config_lib.Config, workdir):
                                     str(config.warmup.steps)))
 
 
+def _check(study: Study, config: config_lib.Config, workdir):
+  """Reject a workdir that holds a run of another config.
+
+  Where the comparison itself makes the warm-up, its directory may have moved.
+
+  Raises:
+    config.ConfigError: see above.
+  """
+  found = os.path.join(workdir, 'config.json')
+  if not os.path.exists(found):
+    return
+  same = ['run.progress']
+  if config.warmup.init == study.path('warmup', config.seed):
+    same.append('warmup.init')
+  changed = [n for n in config_io.differences(config, config_io.load(found))
+             if n not in same]
+  if changed:
+    raise config_lib.ConfigError(
+        f'{workdir} holds a run that differs in {", ".join(changed)}; '
+        'choose another --workdir, or the same settings')
+
+
 def _job(study: Study, name, seed, module, config: config_lib.Config, complete,
          after=''):
   """Write the config of a process and return its `jobs.Job`.
@@ -75,15 +96,7 @@ def _job(study: Study, name, seed, module, config: config_lib.Config, complete,
     config.ConfigError: the workdir holds a run of another config.
   """
   workdir = study.path(name, seed)
-  found = os.path.join(workdir, 'config.json')
-  if os.path.exists(found):
-    changed = [n for n in config_io.differences(config,
-                                                 config_io.load(found))
-               if n not in _IGNORED]
-    if changed:
-      raise config_lib.ConfigError(
-          f'{workdir} holds a run that differs in {", ".join(changed)}; '
-          'choose another --workdir, or the same settings')
+  _check(study, config, workdir)
   path = os.path.join(study.workdir, 'configs', f'{name}_seed_{seed}.json')
   metrics.write_json(path, config_io.to_dict(config))
   command = [sys.executable, '-m', f'experiments.{module}',
@@ -219,9 +232,13 @@ def write_report(study: Study, failed=None, least=None, seconds=False):
     path of comparison.md.
 
   Raises:
-    config.ConfigError: no run is complete.
+    config.ConfigError: no run is complete, or one is of another config.
   """
   runs = summary.collect(study.variants, study.seeds, study.path)
+  for variant in study.variants:
+    for seed in runs[variant.name]:
+      _check(study, _config(study, variant, seed),
+             study.path(variant.name, seed))
   if not any(runs.values()):
     raise config_lib.ConfigError(f'{study.workdir} holds no complete run of '
                                  'this comparison')

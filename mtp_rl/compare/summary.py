@@ -212,7 +212,7 @@ def _difference(x, name, stands):
   if x.low is None:
     return mean
   ends = ', '.join(_number(end, name, signed=True) for end in (x.low, x.high))
-  mean = f'**{mean}**' if x.low > 0 or x.high < 0 else mean
+  mean = f'**{mean}**' if intervals.told(x) else mean
   mean += r'\*' * stands
   return f'{mean} [{ends}]'
 

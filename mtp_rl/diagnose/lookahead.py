@@ -16,7 +16,7 @@ import numpy as np
 
 from mtp_rl import config as config_lib
 from mtp_rl import distributed, sharding, train_step, tree, validate
-from mtp_rl.diagnose import summary
+from mtp_rl.diagnose import measure, summary
 from mtp_rl.report import intervals, tables
 from mtp_rl.rollout import experience, packing
 
@@ -28,13 +28,19 @@ def config_at(config: config_lib.Config, lam):
   """Return a run's config with lambda fixed for every module.
 
   Raises:
-    config.ConfigError: the run has no MTP module.
+    config.ConfigError: the run trained no MTP module.
   """
   if not config.mtp.modules:
     raise config_lib.ConfigError(
         'mtp.modules=0: there is no lambda to look ahead with; name the '
         'workdir of a run with mtp.modules >= 1')
+  if config.mtp.regime == 'rl_only':
+    raise config_lib.ConfigError(
+        'mtp.regime=rl_only froze the MTP modules, so their optimiser has no '
+        'state to look ahead from; name the workdir of a run with another '
+        'regime, such as detach, or leave --lookahead out')
   config = copy.deepcopy(config)
+  config.mtp.theta_loss = measure.theta_loss(config.mtp)
   config.mtp.regime, config.occ = 'fixed', config_lib.OCC()
   if config.mtp.psi_loss == 'theta':  # psi would follow lambda, even 0
     config.mtp.psi_loss = 'ce'

@@ -43,7 +43,8 @@ class Measures(NamedTuple):
     smoothness: the same, clipped to [.05, 1] as the estimators use it.
     gain: J of held-out rollouts after the RL-only step, minus J before it.
     scopes: dict scope -> dict of `_alignment`.
-    lam: dict estimator -> [K], bounded lambda.
+    lam: dict estimator -> [K], bounded lambda; those that read log-probs, which
+      stand in for the policy loss, are there only for that loss.
     same, cross, achieved: dicts estimator -> Delta at its lambda, by the
       paper's form, by the cross-fitted form, and as J on held-out rollouts.
     curve: dict of [N], Delta of one lambda for all modules: 'achieved' on
@@ -62,8 +63,18 @@ class Measures(NamedTuple):
   curve: dict
 
 
+def theta_loss(config: config_lib.MTP):
+  """Return theta's MTP loss in a run, or what a run without one is asked for.
+
+  That is `mtp.theta_loss`, but in regime ce, which has its own.
+  """
+  return 'ce' if config.regime == 'ce' else config.theta_loss
+
+
 def measuring_config(config: config_lib.Config, bound, disjoint_parts=None):
   """Return the config, of regime occ, that measures a run's minibatches.
+
+  Its MTP loss is that of the run, see `theta_loss`.
 
   Args:
     config: of the run.
@@ -83,6 +94,7 @@ def measuring_config(config: config_lib.Config, bound, disjoint_parts=None):
         f'--bound={bound} must be positive and finite: lambda is searched '
         'in [-bound, bound]')
   config = copy.deepcopy(config)
+  config.mtp.theta_loss = theta_loss(config.mtp)
   config.mtp.regime, config.occ.estimator = 'occ', 'cross_fitted'
   config.occ.lambda_min, config.occ.lambda_max = -bound, bound
   config.occ.disjoint_parts = disjoint_parts or max(
@@ -196,7 +208,8 @@ def measure(state, first, batch, held_out, *, config: config_lib.Config,
       eta=eta, smoothness=tracked.smoothness,
       precondition=optim.preconditioner(state.opt_state, config.optim))
   found = {name: rule(seen, o).lam
-           for name, rule in estimators.ESTIMATORS.items()}
+           for name, rule in estimators.ESTIMATORS.items()
+           if config.mtp.theta_loss == 'policy' or 'deltas' not in rule.reads}
   found['oracle'] = oracle.line_search(ahead, modules, o, sweeps=6)
   found = {name: _bounded(lam, o) for name, lam in found.items()}
 

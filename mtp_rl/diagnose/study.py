@@ -161,10 +161,13 @@ def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
   own = config_io.load(os.path.join(workdir, 'config.json'))
   config = measure.measuring_config(own, bound, disjoint_parts)
   validate.validate(config)
+  if updates:
+    lookahead.config_at(own, 0.)  # refuses before any work
   run = workdir_lib.reopen(own, workdir)
   where = workdir_lib.existing_checkpoints(run, 'rl')
   saved = checkpoint.Checkpoints(where, own.run.keep)
   chosen, notes = _choose(saved, steps, where), _note(run, saved.steps())
+  notes.append(f"Theta's MTP loss: {config.mtp.theta_loss}.")
   grid = np.linspace(-bound, bound, points)
   found = collect(run, config, chosen, rollouts, grid, progress)
   summaries = [summary.summarise(s, m, grid) for s, m in found.items()]

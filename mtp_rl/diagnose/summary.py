@@ -94,7 +94,7 @@ def summarise(step, measures, grid):
   out['alignment'] = {s: _alignment(stack.scopes[s]) for s in measure.SCOPES}
   best = out['best'] = best_lambda(grid, stack.curve['achieved'])
   out['estimators'] = {}
-  for name in measure.NAMES:
+  for name in [n for n in measure.NAMES if n in stack.lam]:
     lam = stack.lam[name]
     one = lam.mean(1)
     out['estimators'][name] = {

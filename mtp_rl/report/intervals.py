@@ -57,14 +57,24 @@ def shares_differ(a, b):
   return float(stats.fisher_exact(counts).pvalue)
 
 
+def _spread(x):
+  """Return whether values differ by more than rounding.
+
+  Shares of few questions can agree by chance, and t then says nothing.
+  """
+  return x.low is not None and x.high - x.low > 1e-9 * abs(x.mean)
+
+
+def told(x):
+  """Return whether an `Interval`'s mean is told from 0, alone."""
+  return _spread(x) and (x.low > 0 or x.high < 0)
+
+
 def p_value(x):
   """Return the two-sided p of an `Interval`'s mean being 0 (Student's t)."""
-  if x.low is None:
+  if not _spread(x):
     return 1.
-  half = (x.high - x.low) / 2
-  if not half:  # all values are equal
-    return float(x.mean == 0)
-  t = abs(x.mean) / half * stats.t.ppf(.975, x.n - 1)
+  t = 2 * abs(x.mean) / (x.high - x.low) * stats.t.ppf(.975, x.n - 1)
   return float(2 * stats.t.sf(t, x.n - 1))
 
 

@@ -179,13 +179,13 @@ def collect(actor: Actor, params, reference_params, step):
 def _old(actor, params, rows, sampled):
   """Return the `logprobs.LogProbs` of the policy before the updates.
 
-  The sampler's own spare a forward pass, unless the modules' are asked for.
+  Where rl.old_logprobs=rollout and nobody asks for the modules', they are the
+  sampler's own, which spares a forward pass.
   """
   m = actor.config.mtp
-  if actor.config.rl.old_logprobs == 'scored':
+  if actor.config.rl.old_logprobs == 'scored' or (
+      m.reference == 'mtp_old' and m.regime != 'rl_only'):
     return actor.score(params, rows)
-  if m.reference == 'mtp_old' and m.regime != 'rl_only':
-    return actor.score(params, rows)._replace(main=sampled)
   unread = np.zeros((*sampled.shape, config_lib.depths(m)), np.float32)
   return logprobs.LogProbs(sampled, unread)
 
@@ -195,7 +195,8 @@ def _batch(actor, params, reference_params, drawn):
   config = actor.config
   rows = types.Tokens(drawn.tokens, drawn.valid)
   old = _old(actor, params, rows, drawn.sampled)
-  reference = old.main
+  main = old.main if config.rl.old_logprobs == 'scored' else drawn.sampled
+  reference = main
   if reference_params is not None:
     reference = actor.score(reference_params, rows).main
   mask = rows.valid[:, -config.rollout.max_response:]
@@ -208,5 +209,5 @@ def _batch(actor, params, reference_params, drawn):
   batch = types.RolloutBatch(
       rows.tokens, rows.valid, mask,
       np.broadcast_to(advantages[:, None], mask.shape).astype(np.float32),
-      old.main, old.mtp, drawn.sampled, reference)
+      main, old.mtp, drawn.sampled, reference)
   return batch, old, shaping

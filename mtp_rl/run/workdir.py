@@ -37,6 +37,12 @@ _BOOKKEEPING = ('eval.every', 'run.checkpoint_every', 'run.keep',
 _LAYOUT = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.expert',
            'rollout.tensor', 'rollout.expert', 'model.remat',
            'model.head_chunk', 'task.processes')
+# Fields of a model that its weights do not depend on; and the others of its
+# modules that they do.
+_SAME_WEIGHTS = ('model.dtype', 'model.attention', 'model.remat',
+                 'model.head_chunk', 'model.expert_form', 'model.pretrained',
+                 'model.vocab_size', 'model.lora_rank', 'model.lora_targets')
+_SAME_MODULES = ('mtp.kind', 'mtp.concat', 'mtp.hidden')
 
 
 class Run(NamedTuple):
@@ -88,6 +94,7 @@ def setup(config: config_lib.Config, workdir):
   task = distributed.in_turn(lambda: tasks.make(config))
   with distributed.together():
     if config.warmup.init:
+      _same_model(config)
       task.tokenizer = _tokenizer_of_warmup(config.warmup.init)
       # Names damage now; the first row of metrics.jsonl is made from it.
       metrics.read(os.path.join(config.warmup.init, 'warmup.jsonl'), ('step',))
@@ -180,6 +187,30 @@ def _same_config(path, config: config_lib.Config):
   if moved:
     metrics.note(f'the run goes on with {config_io.describe(config, moved)} '
                  f'instead of {config_io.describe(before, moved)}')
+
+
+def _same_model(config: config_lib.Config):
+  """Refuse a warm-up whose weights would compute something else here.
+
+  Shapes are compared when they are read; many fields leave no trace in them.
+
+  Raises:
+    config.ConfigError: naming the fields.
+  """
+  path = os.path.join(config.warmup.init, 'config.json')
+  if not os.path.exists(path):
+    return
+  before = config_io.load(path)
+  modules = _SAME_MODULES if config.mtp.modules and before.mtp.modules else ()
+  changed = [n for n in config_io.differences(config, before)
+             if n in modules or (n.startswith('model.')
+                                 and n not in _SAME_WEIGHTS)]
+  if changed:
+    raise config_lib.ConfigError(
+        f'warmup.init={config.warmup.init} was trained with '
+        f'{config_io.describe(before, changed)}, but here is '
+        f'{config_io.describe(config, changed)}; set the same, or train '
+        'another warm-up')
 
 
 def _names(directory):
