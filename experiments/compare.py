@@ -23,7 +23,7 @@ from experiments import launch
 from mtp_rl.run import endings
 
 CONFIG = launch.define_config()
-_PRESET = flags.DEFINE_list('preset', [], 'table1, table2, trace.')
+_PRESET = flags.DEFINE_list('preset', [], 'table1, table2, trace, pareto.')
 _VARIANTS = flags.DEFINE_string('variants', '', 'name:section.field=value,...;')
 _CLIPS = flags.DEFINE_list('clips', ['paper', 'separate'], 'paper, separate.')
 _OBJECTIVES = flags.DEFINE_list(
