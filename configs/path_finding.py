@@ -87,7 +87,7 @@ run, on new seeds that are to decide by themselves: --config.seed=11 --seeds=10.
   more greedy, Fisher's exact test, two-sided, p < .05, of these seeds alone.
 - Beside it the paired difference of greedy accuracy with its interval.
 - Seeds 11 to 20, or those of which both variants are complete after 80 minutes
-  on two cores. Not run yet.
+  on two cores. All were: 5 of 10 and none, p = .033, .209 [.042, .376].
 
 Then RL from those models with heads, which plan in part: does it pay that theta
 follows the heads in RL, too? Registered before the run, without a pilot from
