@@ -117,8 +117,8 @@ run, without a pilot:
   on two cores; Holm within the table. All were; neither meets the goal.
 
 Of that table the greedy accuracy of policy-3 stands by Holm: 1.3 points above
-detach [.6, 2.1], no measure of any hypothesis. So asked again, registered before
-the run, on new seeds: --config.seed=800 --seeds=40 and
+detach [.6, 2.1], no measure of any hypothesis. So asked again, registered
+before the run, on new seeds: --config.seed=800 --seeds=40 and
 
         --variants="detach:$F=detach;policy-3:$F=fixed,mtp.coef=3"
 
