@@ -181,11 +181,11 @@ def test_rejection_has_the_exact_distribution():
   assert abs(kept[:, 0].mean() - want) < 4 * (want * (1 - want) / n) ** .5
 
 
-@pytest.mark.parametrize('vocab', [0, conftest.long(V // 2)])
-def test_rejection_in_the_sampler_draws_from_the_model(vocab):
+@pytest.mark.parametrize('rollout', [
+    {}, dict(top_k=3, temperature=2.), conftest.long(dict(draft_vocab=V // 2))])
+def test_rejection_in_the_sampler_draws_from_the_model(rollout):
   """Counts of the first three tokens of 6,000 samples, with and without."""
-  config = _config(dict(modules=1, regime='detach'), max_response=3,
-                   draft_vocab=vocab)
+  config = _config(dict(modules=1, regime='detach'), max_response=3, **rollout)
   params = _params(config)
   run = functools.partial(sampler_test._generate, params, texts=['ab'],
                           group=6000)
@@ -199,7 +199,7 @@ def test_rejection_in_the_sampler_draws_from_the_model(vocab):
   common = both[:, both.sum(0) >= 20]
   assert common.shape[1] >= 5
   assert stats.chi2_contingency(common).pvalue > 1e-3
-  assert got.counts[3] > (100 if vocab else 1000)
+  assert got.counts[3] > (100 if config.rollout.draft_vocab else 1000)
 
 
 def test_a_token_keeps_its_noise_in_a_smaller_vocabulary():

@@ -69,9 +69,15 @@ def restrict(logits, top_k, top_p):
 
 
 def tempered(logits, rollout: config_lib.Rollout):
-  """Return log-probs that are scored, and those that are drawn from."""
+  """Return log-probs that are scored, and those that are drawn from.
+
+  Both sum to 1 as probabilities: rejection sampling compares those of two
+  models, whose nuclei hold different shares.
+  """
   logp = jax.nn.log_softmax(logits / rollout.temperature)
-  return logp, restrict(logp, rollout.top_k, rollout.top_p)
+  if not rollout.top_k and rollout.top_p == 1:
+    return logp, logp
+  return logp, jax.nn.log_softmax(restrict(logp, rollout.top_k, rollout.top_p))
 
 
 def noise(keys, places, shape, purpose):
