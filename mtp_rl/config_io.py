@@ -35,6 +35,7 @@ def from_dict(values):
     if isinstance(value, dict):
       for field in value:
         refuse_renamed(f'{section}.{field}')
+    if dataclasses.is_dataclass(getattr(out, section)):
       try:
         value = type(getattr(out, section))(**value)
       except TypeError as e:
@@ -92,7 +93,7 @@ def load(path):
                       'experiments.train or experiments.pretrain') from None
   except ConfigError as e:
     raise ConfigError(f'{path} is of another version: {e}') from e
-  except (json.JSONDecodeError, AttributeError) as e:
+  except (ValueError, AttributeError) as e:  # no UTF-8, no JSON, no dict
     raise ConfigError(f'{path} is not a config written by this project: '
                       f'{e}') from e
 

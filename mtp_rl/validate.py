@@ -88,18 +88,21 @@ _RENAMED_VALUES = {
     ('occ.solver', 'per_head'): 'per_module'}
 
 
-def _need_fields(config):
-  """Refuse a field that a config file set and that no section has."""
-  for section in vars(config):
-    fields = getattr(config, section)
-    if not dataclasses.is_dataclass(fields):
-      continue
-    for name in vars(fields).keys() - {f.name for f in
-                                       dataclasses.fields(fields)}:
-      config_io.refuse_renamed(f'{section}.{name}')
-      raise config_lib.ConfigError(
-          f'config field {section}.{name} does not exist; mtp_rl/config.py '
-          'lists them')
+def _need_fields(config, default, prefix=''):
+  """Refuse what a config file set that is no field, or is of another type."""
+  for name, value in vars(config).items():
+    path = prefix + name
+    config_io.refuse_renamed(path)
+    _need(name in vars(default), f'config field {path} does not exist; '
+          'mtp_rl/config.py lists them')
+    ours = getattr(default, name)
+    kind = type(ours)
+    # A whole number may stand for a float, but True is no number here.
+    _need(isinstance(value, (int, float) if kind is float else kind)
+          and isinstance(value, bool) == (kind is bool),
+          f'{path}={value!r} must be of type {kind.__name__}')
+    if dataclasses.is_dataclass(ours):
+      _need_fields(value, ours, f'{path}.')
 
 
 def _need_signs(config: config_lib.Config, table, holds, message):
@@ -143,6 +146,14 @@ def _validate_mtp(config: config_lib.Config):
         f'mtp.theta_loss={m.theta_loss} is read by the regimes fixed and occ, '
         f'but mtp.regime={m.regime}; set mtp.regime=fixed, or leave '
         'mtp.theta_loss=policy')
+  through = [not m.detach_hidden,  # the ways of the MTP loss into theta
+             m.kind == 'sequential' and not m.detach_embedding
+             and not config.model.lora_rank,
+             not m.detach_head and not config.model.lora_rank]
+  _need(m.regime in ('rl_only', 'detach') or any(through),
+        f'mtp.regime={m.regime} trains theta by MTP, but mtp.detach_* leave '
+        'the MTP loss no way to what is trained of theta; set '
+        'mtp.regime=detach, or one of them to false')
   _need(m.regime == 'occ' or o.estimator == 'logprob',
         f'occ.estimator={o.estimator} is read by mtp.regime=occ only, but '
         f'mtp.regime={m.regime}; set one of the two')
@@ -158,9 +169,9 @@ def _validate_mtp(config: config_lib.Config):
         'finite number of at least 0')
   _need(0 <= o.target < 1, f'occ.target={o.target} must be a share of at '
         'least 0 and below 1')
-  _need(m.regime != 'occ_authors' or not o.ema,
-        'mtp.regime=occ_authors does not average its lambdas, but occ.ema='
-        f'{o.ema}; set occ.ema=0')
+  _need(m.regime != 'occ_authors' or not (o.ema or o.guard),
+        'mtp.regime=occ_authors neither averages nor bounds its lambdas, but '
+        f'occ.ema={o.ema} and occ.guard={o.guard}; set both to 0')
   _need(o.solver == 'gram' or o.estimator not in _OWN_SOLVER,
         f'occ.estimator={o.estimator} has a rule of its own for several '
         f'modules and does not read occ.solver={o.solver}; set occ.solver=gram')
@@ -199,6 +210,9 @@ def _validate_start(config: config_lib.Config):
   _need(w.train == 'all' or config.mtp.modules,
         'warmup.train=mtp trains MTP modules, but mtp.modules=0; set '
         'mtp.modules=1')
+  _need(w.train == 'all' or w.mtp_coef or not w.steps,
+        'warmup.train=mtp trains MTP modules alone, but warmup.mtp_coef=0 '
+        'leaves them no loss; set warmup.mtp_coef above 0')
   _need(w.data == 'solutions' or w.train == 'mtp',
         'warmup.data=samples imitates the model itself, which must then stay '
         'fixed; set warmup.train=mtp')
@@ -337,7 +351,7 @@ def validate(config: config_lib.Config):
   Raises:
     config.ConfigError: one sentence that names the setting and the fix.
   """
-  _need_fields(config)
+  _need_fields(config, config_lib.Config())
   _need_finite(config)
   _need(config.seed >= 0, f'seed={config.seed} must not be negative')
   for name in ('b1', 'b2'):

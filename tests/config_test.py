@@ -1,6 +1,7 @@
 """Settings: presets, round trip, and one sentence for each contradiction."""
 
 import math
+import re
 
 import pytest
 
@@ -45,6 +46,12 @@ from tests import conftest
     (dict(task=dict(template='qwen')), 'task.template'),
     (dict(rl=dict(loss='cispo')), 'dual'),
     (dict(mtp=dict(regime='occ_authors'), occ=dict(ema=.5)), 'occ.ema'),
+    (dict(mtp=dict(regime='occ_authors'), occ=dict(guard=.5)), 'occ.guard'),
+    (dict(mtp=dict(regime='policy', detach_hidden=True, detach_embedding=True,
+                   detach_head=True)), 'no way to what is trained'),
+    (dict(mtp=dict(regime='policy', detach_hidden=True),
+          model=dict(lora_rank=2)), 'no way to what is trained'),
+    (dict(warmup=dict(train='mtp', mtp_coef=0.)), 'warmup.mtp_coef=0'),
     (dict(occ=dict(estimator='curvature', solver='per_module')),
      'occ.solver'),
     (dict(occ=dict(estimator='affordable', disjoint_parts=2,
@@ -128,8 +135,9 @@ def test_foreign_config_files_are_named(tmp_path):
   with pytest.raises(config_lib.ConfigError, match='does not exist'):
     config_io.load(path)
   for text, said in (('{', 'not a config'), ('[]', 'not a config'),
-                     ('{"nope": 1}', 'nope'), ('{"rl": {"x": 1}}', "'x'")):
-    path.write_text(text)
+                     ('{"nope": 1}', 'nope'), ('{"rl": {"x": 1}}', "'x'"),
+                     ('{"rl": 5}', "section 'rl'"), ('\xe9', 'not a config')):
+    path.write_text(text, encoding='latin1')
     with pytest.raises(config_lib.ConfigError, match=said):
       config_io.load(path)
 
@@ -169,6 +177,26 @@ def test_a_vocabulary_is_resolved_once_and_must_hold_the_tokenizer():
   assert config_lib.with_vocabulary(config, 17).model.vocab_size == 32
   with pytest.raises(config_lib.ConfigError, match='has 33 tokens'):
     config_lib.with_vocabulary(config, 33)
+
+
+@pytest.mark.parametrize('name, value', [
+    ('rl.steps', 1e3), ('rl.pack', 'false'), ('rl.lr', '1e-3'), ('rl', 5),
+    ('seed', None), ('mtp.coef', True), ('task.name', 3), ('occ.eta', [1.])])
+def test_a_value_of_another_type_is_refused(name, value):
+  config = config_lib.Config()
+  section, _, field = name.rpartition('.')
+  setattr(getattr(config, section) if section else config, field, value)
+  with pytest.raises(config_lib.ConfigError,
+                     match=re.escape(f'{name}={value!r} must be of type')):
+    validate.validate(config)
+
+
+def test_a_field_that_does_not_exist_is_refused():
+  for name in 'sede', 'rl_steps':
+    config = config_lib.Config()
+    setattr(config, name, 3)
+    with pytest.raises(config_lib.ConfigError, match=f'{name} does not exist'):
+      validate.validate(config)
 
 
 @pytest.mark.parametrize('name, value', [

@@ -77,6 +77,30 @@ def test_every_problem_is_scored_once_whatever_the_batch():
   assert measure(oracle(3, 1)) == got and len(batches) == 7
 
 
+def test_the_samples_do_not_depend_on_the_devices(monkeypatch):
+  config = conftest.tiny_config(task=dict(held_out=11), eval=dict(batch=4))
+  task = tasks.make(config)
+  used = []
+
+  def generate(unused_params, prompts, unused_valid, key):
+    used.append((len(prompts), jax.random.key_data(key).tolist(),
+                 prompts[0].tolist()))
+    return sampler.Drawn(tasks.types.Tokens(np.zeros(
+        (len(prompts), 6 + config.rollout.max_response), np.int32), None),
+                         None, None)
+
+  examiner = held_out.Examiner(config, task, lambda params: params, generate,
+                               None, jax.random.key(0))
+  seen = []
+  for devices in 1, 3:
+    monkeypatch.setattr(held_out.sharding, 'batch_devices', lambda _: devices)
+    used.clear()
+    held_out.measure(examiner, None)
+    seen.append([use[1:] for use in used])
+    assert {use[0] for use in used} == {4 if devices == 1 else 6}
+  assert seen[0] == seen[1] and len(seen[0]) == 3
+
+
 class _Log:
   """Rows in memory, as `held_out.measure` keeps them."""
 

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import subprocess
 
@@ -326,6 +327,28 @@ def test_an_error_of_the_report_is_a_sentence(tmp_path, capsys, monkeypatch):
   said = capsys.readouterr().err.strip()
   assert 'report.html could not be written (ZeroDivisionError' in said
   assert 'the run goes on' in said and len(said.splitlines()) == 1
+
+
+def test_a_disk_that_was_full_for_a_while_spoils_no_line(tmp_path, capsys):
+  workdir = _workdir(tmp_path, [{'step': 0}])
+  path = os.path.join(workdir, 'tokens.jsonl')
+  for there in True, False:
+    if not there:
+      os.remove(path)
+    notes = journal.Journal(
+        workdir_lib.Run(None, workdir, None, None, None), None, 0)
+    notes._append('tokens.jsonl', [{'step': 0}] * there)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+      with journal._spoken('tokens.jsonl', workdir):
+        notes._append('tokens.jsonl', [{'step': 0, 'text': 'x' * 2000}])
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 'tokens.jsonl could not be written' in capsys.readouterr().err
+    notes._append('tokens.jsonl', [{'step': 0, 'more': 1}])
+    assert metrics.read(path) == [{'step': 0}] * there + [
+        {'step': 0, 'more': 1}]
 
 
 def test_five_closing_lines_say_what_was_reached():

@@ -99,6 +99,7 @@ def test_k_is_32_for_math_and_settings_are_checked():
   for setting, said in (('rl.lr=1', 'section of task'), ('task.name', 'value'),
                         ('eval.batch=0', 'eval.batch=0'),
                         ('task.size=x', 'is no int'),
+                        ('eval.samples=3', 'use --k=3'),
                         ('task.colour=1', 'does not exist')):
     with pytest.raises(config_lib.ConfigError, match=said):
       scoring.configure(conftest.tiny_config(), 1, [setting])

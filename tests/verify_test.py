@@ -66,6 +66,37 @@ def test_a_whole_workdir_is_good(made):
     assert said in out, out
 
 
+@pytest.mark.parametrize('event', ['saved', 'removed', 'complete'])
+def test_a_live_run_is_no_damage(event, made, tmp_path, monkeypatch):
+  """The run goes on while the first checkpoint of RL is read."""
+  where = tmp_path / 'run'
+  shutil.copytree(made, where)
+  summary = {'status': 'interrupted', 'step': 2, 'steps': 4}
+  metrics.write_json(f'{where}/summary.json', summary)
+  metrics_file, rl = where / 'metrics.jsonl', where / 'checkpoints' / 'rl'
+  if event != 'removed':
+    shutil.move(rl / '4', tmp_path / '4')
+    metrics_file.write_text(metrics_file.read_text().rsplit('\n', 3)[0] + '\n')
+  damage, seen = checkpoint.Checkpoints.damage, []
+
+  def later(saved, step):
+    if not seen and saved.path(step) == str(rl / '2'):
+      seen.append(step)
+      if event == 'removed':
+        shutil.rmtree(rl / '2')
+      else:
+        shutil.copy(made / 'metrics.jsonl', metrics_file)
+        shutil.move(tmp_path / '4', rl / '4')
+      if event == 'complete':
+        metrics.write_json(f'{where}/summary.json',
+                           summary | {'status': 'complete', 'step': 4})
+    return damage(saved, step)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, 'damage', later)
+  items = inventory.inspect(str(where))
+  assert seen and not [i for i in items if not i.good]
+
+
 def test_damage_and_no_workdir_end_with_a_sentence(made, tmp_path):
   shutil.copytree(made, tmp_path / 'run')
   (tmp_path / 'run' / 'checkpoints' / 'rl' / '4' / '_CHECKPOINT_METADATA'

@@ -89,11 +89,15 @@ def complete(examiner: Examiner, generate, placed, examples, size, key):
   return [texts[i * group:(i + 1) * group] for i in range(len(some))], rows
 
 
-def _batch_size(examples, config: config_lib.Config):
-  """Return the prompts of one generation, a multiple of the devices."""
-  size = min(config.eval.batch, -(-len(examples) // 8) * 8)
+def _batch_sizes(examples, config: config_lib.Config):
+  """Return the problems of one generation, and its prompts.
+
+  The samples of a problem depend on the first, which the devices do not change;
+  prompts are a multiple of the devices.
+  """
+  count = min(config.eval.batch, -(-len(examples) // 8) * 8)
   devices = sharding.batch_devices(layout.sampling_config(config).mesh)
-  return -(-size // devices) * devices
+  return count, -(-count // devices) * devices
 
 
 def _score(name, mode, start, examples, texts, task):
@@ -133,11 +137,11 @@ def measure(examiner: Examiner, params, log=None, watch=None):
     passes = [('greedy', examiner.greedy, 1)]
     if examiner.several is not None:
       passes.append(('sample', examiner.several, examiner.config.eval.samples))
-    size = _batch_size(examples, examiner.config)
+    count, size = _batch_sizes(examples, examiner.config)
     for mode, generate, k in passes:
       rows = []
-      for start in range(0, len(examples), size):
-        some = examples[start:start + size]
+      for start in range(0, len(examples), count):
+        some = examples[start:start + count]
         seen = log and log.get(name, mode, range(start, start + len(some)), k)
         if not distributed.all_of(seen):
           texts, made = complete(examiner, generate, placed, some, size,

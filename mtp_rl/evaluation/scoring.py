@@ -92,7 +92,7 @@ def configure(config: config_lib.Config, samples, settings):
     settings: texts 'section.field=value'.
 
   Raises:
-    config.ConfigError: a setting is unknown, or not one of `MAY_SET`.
+    config.ConfigError: a setting is unknown, not one of `MAY_SET`, or --k.
   """
   for setting in settings:
     name, equals, text = setting.partition('=')
@@ -100,6 +100,8 @@ def configure(config: config_lib.Config, samples, settings):
       raise config_lib.ConfigError(
           f'--set={setting} is not section.field=value with a section of '
           f'{", ".join(s[:-1] for s in MAY_SET)}')
+    if name == 'eval.samples':
+      raise config_lib.ConfigError(f'--set={setting}: use --k={text}')
     config_io.assign(config, name, text)
   config.eval.samples = samples or (32 if config.task.name == 'math' else 16)
   validate.validate(config)

@@ -5,6 +5,7 @@ No error here ends a run: it becomes a sentence.
 
 import contextlib
 import json
+import os
 import sys
 import time
 
@@ -55,9 +56,18 @@ class Journal:
     return distributed.fetch(self._functions.steps.score(params, placed))
 
   def _append(self, name, rows):
-    if distributed.is_writer():
-      with open(self._run.path(name), 'a', encoding='utf-8') as f:
-        f.writelines(json.dumps(r, allow_nan=False) + '\n' for r in rows)
+    """Append rows, or none of them where the disk is full."""
+    if not distributed.is_writer():
+      return
+    path, lines = self._run.path(name), [
+        json.dumps(r, allow_nan=False) + '\n' for r in rows]
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+      with open(path, 'a', encoding='utf-8') as f:
+        f.writelines(lines)
+    except OSError:
+      os.truncate(path, size)  # else the next row would join a half one
+      raise
 
   def examine(self, step, params):
     """Return held-out scores, and note the first problems token by token.

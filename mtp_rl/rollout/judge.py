@@ -28,7 +28,8 @@ class Judge:
 
   def take(self, rows, responses):
     """Begin to verify rows, int [n], with responses int32 [n, S]."""
-    own = [(row, response) for row, response in zip(rows, responses)
+    # Whether a range has a NumPy integer is found element by element.
+    own = [(row, response) for row, response in zip(rows.tolist(), responses)
            if row in self._mine]
     self._taken[rows] = True
     if own:

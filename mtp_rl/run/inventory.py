@@ -40,6 +40,16 @@ def inspect(workdir):
   if not os.path.exists(os.path.join(workdir, 'config.json')):
     raise config_lib.ConfigError(
         f'{workdir} has no config.json; name the workdir of a run')
+  # A live run writes rows, then their checkpoint, then the summary; they are
+  # read the other way round, so that each finds what it counts on.
+  summary, done = _summary(workdir)
+  kept, checkpoints = {}, []
+  for phase in ('warmup', 'rl'):
+    items, kept[phase] = _checkpoints(workdir, phase)
+    checkpoints += items
+  if done is not None and done not in kept['rl']:
+    summary = summary._replace(good=False, found=f'{summary.found}, but there '
+                               'is no good checkpoint of that step')
   out = []
   if holder := owner.describe(workdir):
     out.append(Item(owner.NAME, True, f'{holder.who}, '
@@ -52,19 +62,14 @@ def inspect(workdir):
     if os.path.exists(os.path.join(workdir, name)):
       item, steps[name] = _rows(workdir, name)
       out.append(item)
-  kept = {}
-  for phase in ('warmup', 'rl'):
-    items, kept[phase] = _checkpoints(workdir, phase)
-    out += items
+  out += checkpoints
   for phase, name in ('warmup', 'warmup.jsonl'), ('rl', 'metrics.jsonl'):
     # The rows of a checkpoint are written before it.
     last = max(steps.get(name, ()), default=0)
     if phase == 'rl' and kept[phase] and last < kept[phase][-1]:
       out.append(Item(name, False, f'ends at step {last}, but there is a '
                       f'checkpoint of step {kept[phase][-1]}'))
-  if os.path.exists(os.path.join(workdir, 'summary.json')):
-    out.append(_summary(workdir, kept['rl']))
-  return out
+  return out + [summary] * (summary is not None)
 
 
 def _config(workdir):
@@ -131,14 +136,16 @@ def _checkpoints(workdir, phase):
   out, good = [], []
   for step in saved.steps():
     damage, size = saved.damage(step), _size(saved.path(step))
+    if damage and not os.path.isdir(saved.path(step)):
+      continue  # a live run has removed it
     if damage is None:
       good.append(step)
     found = f'{size / 2 ** 20:.1f} MiB' + (f', damaged: {damage}' if damage
                                           else '')
     out.append(Item(f'checkpoints/{phase}/{step}', damage is None, found))
-  others = set(os.listdir(where) if os.path.isdir(where) else ()) - set(
-      map(str, saved.steps()))
-  for name in sorted(others):
+  for name in sorted(os.listdir(where) if os.path.isdir(where) else ()):
+    if name.isdecimal():
+      continue
     found = ('damaged, set aside' if '.damaged' in name
              else 'unfinished, the next one that is written clears it')
     out.append(Item(f'checkpoints/{phase}/{name}', True, found))
@@ -155,15 +162,15 @@ def _size(folder):
   return total
 
 
-def _summary(workdir, kept):
+def _summary(workdir):
+  """Return the `Item` of summary.json, and the step of a complete run."""
+  if not os.path.exists(os.path.join(workdir, 'summary.json')):
+    return None, None
   try:
     values = _load(workdir, 'summary.json')
     status, step, steps = (values[k] for k in ('status', 'step', 'steps'))
   except (OSError, ValueError, KeyError, TypeError) as e:
     return Item('summary.json', False,
-                f'cannot be read ({type(e).__name__}: {e})')
-  found = f'{status} at step {step} of {steps}'
-  if status == 'complete' and step not in kept:
-    return Item('summary.json', False,
-                f'{found}, but there is no good checkpoint of that step')
-  return Item('summary.json', True, found)
+                f'cannot be read ({type(e).__name__}: {e})'), None
+  return (Item('summary.json', True, f'{status} at step {step} of {steps}'),
+          step if status == 'complete' else None)
