@@ -44,8 +44,21 @@ _SECONDS = flags.DEFINE_bool(
 _REPORT_ONLY = flags.DEFINE_bool('report_only', False, 'Only write the report.')
 
 
+def _refuse_unread(presets):
+  """Refuse a flag that none of the presets given reads."""
+  from mtp_rl import config as config_lib
+  for name, readers in (('coef', ['table1']), ('estimators', presets),
+                        ('objectives', presets),
+                        ('clips', ['table1', 'table2', 'trace'])):
+    if flags.FLAGS[name].present and not set(readers) & set(_PRESET.value):
+      raise config_lib.ConfigError(
+          f'--{name} is read by --preset={",".join(readers)} alone; leave it '
+          'out, or set --preset')
+
+
 def _study():
   from mtp_rl.compare import grid, study  # late, so that typos fail fast
+  _refuse_unread(grid.PRESETS)
   base = CONFIG.value
   variants = [v for preset in _PRESET.value for v in grid.preset_variants(
       base, preset, _CLIPS.value, _ESTIMATORS.value, _COEF.value,

@@ -22,7 +22,7 @@ _POINTS = flags.DEFINE_integer('points', 17, 'Lambdas on the grid.',
                                lower_bound=3)
 _PARTS = flags.DEFINE_integer(
     'disjoint_parts', None, 'Parts of a minibatch; '
-    'default: occ.disjoint_parts.')
+    'default: occ.disjoint_parts.', lower_bound=1)
 _AHEAD = flags.DEFINE_list(
     'lookahead', [], 'Also measure lambda after so many updates, like 1,5,20.')
 _PROGRESS = flags.DEFINE_bool('progress', True, 'Show a bar.')

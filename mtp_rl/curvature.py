@@ -95,7 +95,8 @@ def fisher(work, rows, g_rl, g):
 
   F over the sampled tokens is the mean of grad log pi grad log pi', so <a, F b>
   is the mean of the products of two directional derivatives of log pi: forward
-  mode alone, all K + 1 directions at once, in float32 whatever `model.dtype`.
+  mode alone, all K + 1 directions at once, of a float32 model whatever
+  `model.dtype` (the matrix products as precise as the device's default).
 
   Args:
     work, rows: see `hessian`; rows are not packed.
@@ -112,7 +113,8 @@ def fisher(work, rows, g_rl, g):
     slopes = jax.vmap(
         lambda v: jax.jvp(logp, (theta,), (v,))[1])(along)  # [K + 1, rows, S]
     slopes = jnp.where(rows.valid[:, -columns:], slopes, 0.)
-    return total + jnp.einsum('ibs,jbs->ij', slopes, slopes), None
+    return total + jnp.einsum('ibs,jbs->ij', slopes, slopes,
+                              precision='highest'), None
 
   k = len(g) + 1
   found, _ = jax.lax.scan(add, jnp.zeros((k, k)), rows)

@@ -10,6 +10,7 @@ modules.
 Everything here is a pure function of arrays; K >= 1 throughout.
 """
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -251,8 +252,9 @@ def logprob_products(d_rl, d_mtp):
   c = <delta_RL, delta_MTP>,  v^2 = ||delta_MTP||^2, sums over all tokens of
   the minibatch (see `deltas`).
   """
-  return Products(jnp.einsum('bs,bsk->k', d_rl, d_mtp),
-                  jnp.einsum('bsk,bsl->kl', d_mtp, d_mtp),
+  product = functools.partial(jnp.einsum, precision='highest')
+  return Products(product('bs,bsk->k', d_rl, d_mtp),
+                  product('bsk,bsl->kl', d_mtp, d_mtp),
                   jnp.sum(d_rl * d_rl))
 
 

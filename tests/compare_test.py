@@ -247,6 +247,7 @@ def test_free_variants():
     ('a:seed=3', (), 'seed'),
     ('a:mtp.modules=2', (), 'which all variants of a comparison share'),
     ('a:mtp.kind=parallel', (), 'which all variants of a comparison share'),
+    ('a:mtp.lora_rank=4', (), 'which all variants of a comparison share'),
     ('a:warmup.init=x', (), 'changes warmup.init, which all'),
     ('a:rl.loss=gspo', (), 'variant a: rl.loss=gspo has no dual clip'),
     ('a:;a:rl.lr=1', (), 'two variants are called a'),

@@ -72,6 +72,7 @@ def _collect(plan, step=5, mtp=None, **rl):
 
 @pytest.mark.parametrize('mtp, scored', [
     ({}, False), (dict(reference='mtp_old'), True),
+    (dict(reference='mtp_old', regime='rl_only'), True),  # diagnose reads them
     (dict(reference='mtp_old', modules=0, regime='rl_only'), False)])
 def test_the_samplers_log_probs_spare_the_scoring(mtp, scored):
   _, batch, metrics, _ = _collect([[0, 1, 4, 2, 0, 0, 3, 4]], mtp=mtp,

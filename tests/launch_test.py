@@ -42,6 +42,8 @@ def _run(module, *flags):
     ('compare', (QUICK, '--preset=table1', '--config.mtp.regime=ce'),
      '--config.mtp.regime is overruled by variant dapo-paper-rl_only'),
     ('compare', (QUICK, '--preset=table2', '--report_only'), 'no complete run'),
+    ('compare', (QUICK, '--preset=pareto', '--clips=paper'),
+     '--clips is read by --preset=table1,table2,trace alone'),
     ('train', ('--config=configs/from_json.py:nowhere',), 'nowhere'),
 ])
 def test_bad_input_is_one_sentence_within_seconds(module, flags, said,

@@ -323,7 +323,8 @@ def write_report(study: Study, rows):
       out.append(tables.markdown([f'minus {first}', *titles], lines))
   text = ('Share of drafts accepted by rejection sampling, ± half of a 95 % '
           't-interval over seeds; differences are paired by seed, bold where '
-          '0 lies outside.\n\n' + '\n'.join(out))
+          '0 lies outside (by chance that happens to one in 20).\n\n'
+          + '\n'.join(out))
   metrics.write_json(os.path.join(study.workdir, 'drafting.json'),
                      {'summary': metrics.to_json(found), 'rows': rows})
   with open(os.path.join(study.workdir, 'drafting.md'), 'w',

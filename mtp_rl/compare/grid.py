@@ -40,7 +40,8 @@ RESERVED = ('warmup', 'configs', 'cache', 'figures')
 # What all variants share, because the warm-up is trained with it. One that
 # changes warmup.* has a warm-up of its own, under all its own settings.
 _SHARED = ('seed', 'model.', 'task.', 'mesh.', 'mtp.modules', 'mtp.unroll',
-           'mtp.kind', 'mtp.concat', 'mtp.hidden', 'rollout.max_',
+           'mtp.kind', 'mtp.concat', 'mtp.hidden', 'mtp.lora_', 'mtp.fresh',
+           'mtp.layout', 'rollout.max_',
            'warmup.init')
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_rl import config as config_lib
-from mtp_rl import distributed, sharding, train_step, tree, validate
+from mtp_rl import distributed, sharding, tree, validate
 from mtp_rl.diagnose import measure, summary
 from mtp_rl.report import intervals, tables
 from mtp_rl.rollout import experience, packing
@@ -43,7 +43,7 @@ def config_at(config: config_lib.Config, lam):
   config.mtp.theta_loss = measure.theta_loss(config.mtp)
   config.mtp.regime, config.occ = 'fixed', config_lib.OCC()
   if config.mtp.psi_loss == 'theta':  # psi would follow lambda, even 0
-    config.mtp.psi_loss = 'ce'
+    config.mtp.psi_loss, config.mtp.psi_coef = 'ce', config.mtp.coef
   validate.validate(config)
   # After the checks: to a user's run a negative coefficient is forbidden.
   config.mtp.coef = float(lam) * config_lib.depths(config.mtp)
@@ -65,8 +65,8 @@ def _walk(run, actor, steps, state, reference, first, updates):
         return
 
 
-def collect(run, functions, state, reference, updates, lams, repeats, note):
-  """Return the mean rewards, [repeats, len(updates), len(lams)].
+def collect(run, functions, state, reference, updates, steps, repeats, note):
+  """Return the mean rewards, [repeats, len(updates), len(steps)].
 
   Args:
     run: `workdir.Run`.
@@ -74,16 +74,15 @@ def collect(run, functions, state, reference, updates, lams, repeats, note):
     state: `types.TrainState` of the checkpoint.
     reference: parameters of the KL penalty's reference, or None.
     updates: sorted list of ints, n.
-    lams: list of lambdas.
+    steps: list of `train_step.Steps`, one for each lambda; see `config_at`.
     repeats: how many times over, with other prompts and samples.
     note: function () that is called after each walk.
   """
-  out = np.zeros((repeats, len(updates), len(lams)))
-  for column, lam in enumerate(lams):
-    steps = train_step.make(config_at(run.config, lam), run.mesh)
+  out = np.zeros((repeats, len(updates), len(steps)))
+  for column, one in enumerate(steps):
     for i in range(repeats):
       start = jax.tree.map(jnp.copy, state)  # the update donates its state
-      walk = _walk(run, functions.actor, steps, start, reference,
+      walk = _walk(run, functions.actor, one, start, reference,
                    FRESH + i * max(updates), updates)
       for row, (_, params) in enumerate(walk):
         out[i, row, column] = np.mean(experience.collect(
@@ -98,7 +97,8 @@ def summarise(step, rewards, updates, lams):
   Args:
     step: of the checkpoint.
     rewards: from `collect`.
-    updates, lams: see `collect`; lams evenly spaced, 0 among them.
+    updates: see `collect`.
+    lams: the lambdas of its steps, evenly spaced, 0 among them.
   """
   zero = int(np.argmin(np.abs(lams)))
   out = {'step': step, 'lambdas': list(map(float, lams)), 'after': {}}
@@ -114,7 +114,7 @@ def summarise(step, rewards, updates, lams):
 def _signed(x):
   if x.low is None:
     return f'{x.mean:+.3f}'
-  told = '**' * (x.low > 0 or x.high < 0)
+  told = '**' * intervals.told(x)
   return f'{told}{x.mean:+.3f}{told} ± {x.high - x.mean:.3f}'
 
 
@@ -122,8 +122,8 @@ def markdown(summaries):
   """Return the tables of a list of dicts from `summarise`."""
   out = ['## Look-ahead\n\nMean reward on unseen prompts after n updates with '
          'lambda held fixed, minus that of lambda = 0 (Detach), ± half of the '
-         '95 % t-interval over repeats, bold where 0 lies outside; best: '
-         'bootstrap over repeats.\n\n']
+         '95 % t-interval over repeats, bold where 0 lies outside (by chance '
+         'that happens to one in 20); best: bootstrap over repeats.\n\n']
   for s in summaries:
     lines = []
     for n, found in s['after'].items():

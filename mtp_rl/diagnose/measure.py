@@ -97,6 +97,8 @@ def measuring_config(config: config_lib.Config, bound, disjoint_parts=None):
   config.mtp.theta_loss = theta_loss(config.mtp)
   config.mtp.regime, config.occ.estimator = 'occ', 'cross_fitted'
   config.occ.lambda_min, config.occ.lambda_max = -bound, bound
+  # The run's own bound and schedule of lambda are not measured.
+  config.occ.guard, config.occ.measure = 0., 0
   config.occ.disjoint_parts = disjoint_parts or max(
       config.occ.disjoint_parts, 2)
   config.rl.pack = False  # parts are split by prompt

@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 
 from mtp_rl import config as config_lib
-from mtp_rl import config_io, trainer, tree, validate, warmup
+from mtp_rl import config_io, train_step, trainer, tree, validate, warmup
 from mtp_rl.diagnose import lookahead, measure, summary
 from mtp_rl.report import diagnosis_figures, style
 from mtp_rl.rollout import experience
@@ -128,6 +128,8 @@ def look_ahead(run: workdir_lib.Run, steps, repeats, updates, bound, progress):
   out = []
   with jax.set_mesh(run.mesh), contextlib.closing(run.task):
     functions, reference = trainer.prepare(run), _reference(run)
+    walks = [train_step.make(lookahead.config_at(run.config, lam), run.mesh)
+             for lam in lams]
     saved = checkpoint.Checkpoints(run.path('checkpoints', 'rl'),
                                    run.config.run.keep)
     with tqdm.tqdm(total=len(steps) * repeats * len(lams), desc='look-ahead',
@@ -136,9 +138,18 @@ def look_ahead(run: workdir_lib.Run, steps, repeats, updates, bound, progress):
       for step in steps:
         state = saved.restore(functions.steps.abstract, step)
         rewards = lookahead.collect(run, functions, state, reference, updates,
-                                    lams, repeats, bar.update)
+                                    walks, repeats, bar.update)
         out.append(lookahead.summarise(step, rewards, updates, lams))
   return out
+
+
+def _write(directory, text, report):
+  """Write diagnosis.md and diagnosis.json."""
+  with open(os.path.join(directory, 'diagnosis.md'), 'w',
+            encoding='utf-8') as f:
+    f.write(text)
+  metrics.write_json(os.path.join(directory, 'diagnosis.json'),
+                     metrics.to_json(report, digits=6))
 
 
 def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
@@ -171,27 +182,23 @@ def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
   grid = np.linspace(-bound, bound, points)
   found = collect(run, config, chosen, rollouts, grid, progress)
   summaries = [summary.summarise(s, m, grid) for s, m in found.items()]
-  directory = run.path('diagnosis')
+  directory, title = run.path('diagnosis'), style.title(own)
   os.makedirs(directory, exist_ok=True)
-  title = style.title(own)
+  report = {'title': title, 'bound': bound,
+            'disjoint_parts': config.occ.disjoint_parts, 'notes': notes,
+            'checkpoints': summaries, 'lookahead': []}
   text = summary.markdown(summaries, f'Diagnosis: {title}', notes)
-  ahead = []
-  if updates:
-    again = workdir_lib.reopen(own, workdir)  # the task of `run` is closed
-    ahead = look_ahead(again, chosen, rollouts, sorted(updates), bound,
-                       progress)
-    text += '\n' + lookahead.markdown(ahead)
-  with open(os.path.join(directory, 'diagnosis.md'), 'w',
-            encoding='utf-8') as f:
-    f.write(text)
-  metrics.write_json(os.path.join(directory, 'diagnosis.json'), metrics.to_json(
-      {'title': title, 'bound': bound,
-       'disjoint_parts': config.occ.disjoint_parts, 'notes': notes,
-       'checkpoints': summaries, 'lookahead': ahead}, digits=6))
+  _write(directory, text, report)
   with open(os.path.join(directory, 'rollouts.jsonl'), 'w',
             encoding='utf-8') as f:
     f.writelines(json.dumps({'step': s, **metrics.to_json(m, digits=6)}) + '\n'
                  for s, ms in found.items() for m in ms)
   if any(s['rollouts'] for s in summaries):
     diagnosis_figures.draw_all(summaries, directory, title)
+  if updates:  # takes long, and the diagnosis is on disk by now
+    again = workdir_lib.reopen(own, workdir)  # the task of `run` is closed
+    report['lookahead'] = look_ahead(again, chosen, rollouts,
+                                     sorted(set(updates)), bound, progress)
+    text += '\n' + lookahead.markdown(report['lookahead'])
+    _write(directory, text, report)
   return text, directory

@@ -192,7 +192,7 @@ def markdown(summaries, title, notes):
     verdict = f'Nearest: {near}; most gained: {gains} (oracle aside).'
     if not _sure(b):
       verdict = 'Its sign is open: more --rollouts would tell.'
-    elif b.mean in (s['curve']['grid'][0], s['curve']['grid'][-1]):
+    elif np.isclose(abs(b.mean), s['curve']['grid'][-1]):
       verdict += '\nIt lies at the bound: a wider --bound would look further.'
     out.append(
         f'Held-out best lambda: {b.mean:+.3f}{ends} (bootstrap over '

@@ -184,7 +184,7 @@ def _old(actor, params, rows, sampled):
   """
   m = actor.config.mtp
   if actor.config.rl.old_logprobs == 'scored' or (
-      m.reference == 'mtp_old' and m.regime != 'rl_only'):
+      m.reference == 'mtp_old' and m.modules):
     return actor.score(params, rows)
   unread = np.zeros((*sampled.shape, config_lib.depths(m)), np.float32)
   return logprobs.LogProbs(sampled, unread)

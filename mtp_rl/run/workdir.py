@@ -41,8 +41,9 @@ _LAYOUT = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.expert',
 # modules that they do.
 _SAME_WEIGHTS = ('model.dtype', 'model.attention', 'model.remat',
                  'model.head_chunk', 'model.expert_form', 'model.pretrained',
-                 'model.vocab_size', 'model.lora_rank', 'model.lora_targets')
-_SAME_MODULES = ('mtp.kind', 'mtp.concat', 'mtp.hidden')
+                 'model.vocab_size')
+_SAME_MODULES = ('mtp.kind', 'mtp.concat', 'mtp.hidden', 'mtp.lora_rank',
+                 'mtp.lora_alpha', 'mtp.lora_targets')
 
 
 class Run(NamedTuple):
