@@ -213,6 +213,7 @@ class Task:
   dataset: str = ''  # reasoning_gym
   options: str = '{}'  # reasoning_gym: JSON object of the data set's settings
   size: int = 4000  # reasoning_gym: questions drawn before the split
+  allow_eval: bool = False  # reasoning_gym: scorers that run answers as Python
   timeout_s: float = 5.  # reasoning_gym, math: limit to verify one answer
   tokenizer: str = ''  # math, sums: folder or GGUF file; '': characters
   template: str = 'chat'  # math, sums: the tokenizer's own, or 'plain'
@@ -221,7 +222,7 @@ class Task:
   cache_dir: str = ''  # math: of prepared sets; '': ~/.cache/mtp_rl
   train: str = 'dapo_math_17k'  # math: sets, comma-separated
   evals: str = 'aime24,aime25,amc23,math500,minerva_math,olympiadbench'
-  processes: int = 2  # math: verifier processes
+  processes: int = 2  # reasoning_gym, math: verifier processes
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -83,6 +83,19 @@ def field(config: config_lib.Config, name):
   return getattr(getattr(config, section) if section else config, last)
 
 
+def read_json(path, fix):
+  """Return the value in a JSON file.
+
+  Raises:
+    ConfigError: it cannot be read; the message ends with the words of `fix`.
+  """
+  try:
+    with open(path, encoding='utf-8') as f:
+      return json.load(f)
+  except (OSError, ValueError) as e:
+    raise ConfigError(f'{path} cannot be read ({e}); {fix}') from e
+
+
 def load(path):
   """Read the config.json of a workdir; raises ConfigError with the fix."""
   try:

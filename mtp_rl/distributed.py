@@ -112,7 +112,7 @@ def _reach(coordinator, process):
       HOST:PORT.
   """
   host, _, port = coordinator.rpartition(':')
-  if not host or not port.isdecimal():
+  if not host or not (port.isdecimal() and 0 < int(port) < 2 ** 16):
     raise config_lib.ConfigError(
         f'--coordinator={coordinator} is no address; set HOST:PORT of process '
         '0')
@@ -123,7 +123,7 @@ def _reach(coordinator, process):
     try:
       socket.create_connection((host.strip('[]'), int(port)), 5).close()
       return
-    except (OSError, OverflowError) as e:
+    except OSError as e:
       if time.monotonic() > deadline:
         raise config_lib.ConfigError(
             f'nobody listens at --coordinator={coordinator} ({e}); start '

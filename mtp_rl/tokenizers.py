@@ -250,7 +250,15 @@ def load(path):
       'tokenizer.json; name one')
 
 
-def _read(folder, name, parse=json.loads):
+def _object(text):
+  """Return a JSON object as a dict; raises ValueError."""
+  values = json.loads(text)
+  if not isinstance(values, dict):
+    raise ValueError('no JSON object')
+  return values
+
+
+def _read(folder, name, parse=_object):
   """Return a file of a folder, parsed; {} if there is none."""
   path = os.path.join(folder, name)
   try:
@@ -266,7 +274,7 @@ def _from_folder(folder):
   text = _read(folder, 'tokenizer.json', str)
   given = _read(folder, 'tokenizer_config.json')
   more = _read(folder, 'generation_config.json')
-  names = {k: v['content'] if isinstance(v, dict) else v
+  names = {k: v.get('content') if isinstance(v, dict) else v
            for k, v in given.items() if k.endswith('_token') and v}
   names = {k: v for k, v in names.items() if isinstance(v, str)}
   try:
@@ -311,9 +319,13 @@ def _from_gguf(path):
   tokenizers = _package('tokenizers')
   from tokenizers import decoders, models, pre_tokenizers
   tokens = fields['tokens']
-  inner = tokenizers.Tokenizer(models.BPE(
-      {token: i for i, token in enumerate(tokens)},
-      [tuple(m.split(' ')) for m in fields['merges']]))
+  try:
+    inner = tokenizers.Tokenizer(models.BPE(
+        {token: i for i, token in enumerate(tokens)},
+        [tuple(m.split(' ')) for m in fields['merges']]))
+  except Exception as e:  # the package raises a bare Exception
+    raise config_lib.ConfigError(
+        f'{path} has damaged tokenizer.ggml.merges: {e}') from e
   splits = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
   if _GGUF_SPLITS[kind[1]] == 'digits':
     splits.insert(0, pre_tokenizers.Digits(individual_digits=True))

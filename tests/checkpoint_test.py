@@ -1,6 +1,7 @@
 """Checkpoints: checksums, damage of every file, falling back, full disks."""
 
 import os
+import pathlib
 import random
 import shutil
 import subprocess
@@ -81,6 +82,21 @@ def test_an_unfinished_one_does_not_count_and_is_cleared(saved):
   assert opened.steps() == [6, 9] and opened.recover() == 9
   opened.save(12, _state(12))
   assert sorted(os.listdir(saved)) == ['12', '9']
+
+
+def test_all_is_on_disk_before_the_one_before_is_removed(
+    saved, monkeypatch):
+  """A power cut may follow at any time."""
+  done, sync, rename = [], checkpoint.checksums.sync, os.rename
+  monkeypatch.setattr(checkpoint.checksums, 'sync',
+                      lambda path: done.append(str(path)) or sync(path))
+  monkeypatch.setattr(os, 'rename', lambda old, new: done.append(
+      (pathlib.Path(old).name, pathlib.Path(new).name)) or rename(old, new))
+  _open(saved).save(12, _state(12))
+  named = done.index(('12.part', '12'))
+  assert {str(saved / '12.part' / f.relative_to(saved / '12'))
+          for f in _files(saved / '12')} <= set(map(str, done[:named]))
+  assert done.index(str(saved)) in range(named, done.index(('6', '6.part')))
 
 
 def test_every_flipped_bit_is_noticed(saved):

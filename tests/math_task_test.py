@@ -111,6 +111,20 @@ def test_a_damaged_prepared_copy_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:40])
   with pytest.raises(config_lib.ConfigError, match='is damaged.*remove it'):
     load()
+  for path in (tmp_path / 'cache').rglob('*.json'):
+    path.write_text('')
+  with pytest.raises(config_lib.ConfigError, match='is damaged.*remove it'):
+    load()
+
+
+def test_a_row_that_is_no_text_is_left_out(tmp_path):
+  (tmp_path / 's.jsonl').write_text(
+      '{"problem": "p", "answer": "1", "id": "\\ud800"}\n'
+      '{"problem": "p", "answer": "1", "overlaps": ["\\ud800"]}\n'
+      '{"problem": "p", "answer": "1"}\n')
+  found = datasets.load('s', str(tmp_path), str(tmp_path / 'cache'))
+  assert [r.line for r in found.rows] == [3]
+  assert [r['line'] for r in found.rejected] == [1, 2]
 
 
 def test_neither_tensorflow_nor_an_unused_tfds_is_imported(folder):

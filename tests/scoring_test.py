@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 
 import pytest
@@ -43,14 +44,18 @@ def test_an_evaluation_is_kept_row_by_row_and_resumes(workdir, monkeypatch):
   with open(path, encoding='utf-8') as f:
     assert json.load(f)['val/arithmetic/avg@2'] == mean
 
+  failures = lambda: json.loads(pathlib.Path(path).read_text())['verifier']
+  assert failures() == {}
   whole = pathlib.Path(path + 'l').read_bytes()
   calls, complete = [], held_out.complete
   monkeypatch.setattr(held_out, 'complete',
                       lambda *args: calls.append(1) or complete(*args))
-  assert _score(workdir)[0] == values and not calls
+  assert _score(workdir)[0] == values and not calls and failures() == {}
+  os.remove(path)
   # A kill in the middle of a line of the last batch: it alone is made again.
   pathlib.Path(path + 'l').write_bytes(whole[:-40])
   assert _score(workdir)[0] == values and len(calls) == 1
+  assert failures() is None  # those of the process that was killed are lost
   assert metrics.read(path + 'l') == rows  # none of them twice
   assert _score(workdir)[0] == values and len(calls) == 1
 

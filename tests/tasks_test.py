@@ -107,6 +107,8 @@ def test_reasoning_gym_splits_by_question_and_scores_strictly():
     (dict(options='{"min_word_len": -3}'), 'min_word_len'),
     (dict(options='{"colour": 1}'), 'colour'),
     (dict(options='[1]'), 'no JSON object'),
+    (dict(dataset='countdown'), 'task.allow_eval=true'),
+    (dict(dataset='spiral_matrix'), 'task.allow_eval=true'),
     (dict(size=1), 'raise task.size|is empty')])
 def test_impossible_reasoning_gym_is_named(options, said):
   with pytest.raises(config_lib.ConfigError, match=said):
@@ -157,6 +159,34 @@ def test_a_pool_survives_hangs_crashes_and_errors():
 def greedy_scorer():
   """Return a scorer that takes the asked MiB of memory."""
   return lambda size: float(len(bytearray(int(size) * 2 ** 20)) > 0)
+
+
+def writing_scorer():
+  """Return a scorer that prints, and writes to the file that it is given."""
+  def score(path):
+    print('no one reads this' * 9999)
+    with open(path, 'w', encoding='utf-8') as f:
+      f.write('x')
+    return 1.
+  return score
+
+
+def test_a_worker_writes_no_file(tmp_path, capfd):
+  pool = workers.Pool(writing_scorer, (), timeout_s=20.)
+  try:
+    assert pool.score_all([[str(tmp_path / 'x')]]) == [0.]
+    assert pool.counts['errors'] == 1 and not capfd.readouterr().out
+    assert (tmp_path / 'x').stat().st_size == 0
+  finally:
+    pool.close()
+
+
+def test_workers_that_do_not_start_are_one_sentence(monkeypatch):
+  def refuse(*unused):
+    raise OSError('AF_UNIX path too long')
+  monkeypatch.setattr(workers, '_Worker', refuse)
+  with pytest.raises(config_lib.ConfigError, match='too long.*TMPDIR'):
+    workers.Pool(greedy_scorer, (), timeout_s=20.).start()
 
 
 def test_the_server_that_forks_may_die_while_a_worker_starts(monkeypatch):

@@ -141,6 +141,8 @@ def test_templates_of_their_own_file_and_by_name(tmp_path):
 @pytest.mark.parametrize('files, said', [
     (dict(inner='{}'), 'tokenizer.json is damaged'),
     (dict(tokenizer_config={}), 'names no token that ends'),
+    (dict(tokenizer_config=[1]), 'no JSON object'),
+    (dict(tokenizer_config={'eos_token': {'text': 'x'}}), 'names no token'),
     (dict(generation_config={'eos_token_id': 999}), 'cannot end by')])
 def test_damaged_folders_are_named(files, said, tmp_path):
   with pytest.raises(config_lib.ConfigError, match=said):

@@ -42,7 +42,9 @@ def test_the_last_box_counts(text, box):
     ('--5', None), ('5,', None), (r'\frac{10}{2}', None),
     (r'20\text{ cm}^2', '20'), (r'20 \text{ cm}^{3}', '20'),
     (r'5\mathrm{i}', None), (r'5\text{ hundredths}', None),
-    (r'5\text{ tenths}', None), (r'5\text{ per cent}', None)])
+    (r'5\text{ tenths}', None), (r'5\text{ per cent}', None),
+    (r'5\text{ millions}', None), (r'5\text{ Million}', None),
+    (r'5\text{ Percent}', None), (r'5\text{ trillion}', None)])
 def test_integers_are_written_out_digits(text, value):
   assert verifiers.integer(text) == value
 

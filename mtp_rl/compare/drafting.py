@@ -122,8 +122,8 @@ def _same_study(study):
               v.name: config_io.to_dict(v.config) for v in study.variants}}
   mine = json.loads(json.dumps(mine))
   if os.path.exists(path):
-    with open(path, encoding='utf-8') as f:
-      found = json.load(f)
+    found = config_io.read_json(path, 'remove it where the settings are those '
+                                'of the study')
     changed = [k for k in mine if mine[k] != found.get(k)]
     if changed:
       raise config_lib.ConfigError(

@@ -23,6 +23,9 @@ class RowLog:
   """The rows of one evaluation in a file, appended batch by batch.
 
   If a kill cut the last line short, it is dropped and sampled again.
+
+  Attributes:
+    resumed: whether the file had rows.
   """
 
   def __init__(self, path, identity):
@@ -36,6 +39,7 @@ class RowLog:
       config.ConfigError: the file holds rows of another evaluation.
     """
     found, self._rows = metrics.read(path), {}
+    self.resumed = len(found) > 1
     if found and found[0] != {'identity': identity}:
       raise config_lib.ConfigError(
           f'{path} holds the samples of another evaluation (another config, '
@@ -167,9 +171,19 @@ def score_checkpoint(workdir, phase, step, samples, settings=()):
         'step': step, **{k: v[0] for k, v in values.items()},
         'intervals': {k: v[1:] for k, v in values.items()},
         'problems': {k: len(v) for k, v in scores.items()},
-        'verifier': distributed.total(run.task.counts()),
+        'verifier': _failures(run.task, log, path),
         'settings': list(settings)})
   return values, path
+
+
+def _failures(task, log, path):
+  """Return the verifier's failures; None where an earlier process had some."""
+  mine = distributed.total(task.counts())
+  if not log.resumed:
+    return mine
+  if not os.path.exists(path):
+    return None
+  return config_io.read_json(path, 'remove it').get('verifier')
 
 
 def table(values):

@@ -19,8 +19,8 @@ from mtp_rl.rollout import token_rows
 from mtp_rl.run import metrics
 from mtp_rl.run import workdir as workdir_lib
 
-_SHARE = .02  # of a run's time that figures may take before it ends
-_GUESS_S = 1.5  # of drawing them for the first time
+_SHARE = .02  # of a run's time that its page, and its figures, may take
+_GUESS_S = 1.5  # of drawing the figures for the first time
 
 
 @contextlib.contextmanager
@@ -32,6 +32,21 @@ def _spoken(what, workdir):
     print(f'\n{what} could not be written ({type(e).__name__}: {e}); the run '
           'goes on, and python -m experiments.report '
           f'--workdir={workdir} tries again', file=sys.stderr, flush=True)
+
+
+class _Share:
+  """Bounds what a repeated work takes of the time since its start."""
+
+  def __init__(self, guess_s=0.):
+    self._began, self._spent, self._last = time.perf_counter(), 0., guess_s
+
+  def spend(self, work):
+    """Call a function, unless `_SHARE` of the time does not suffice for it."""
+    start = time.perf_counter()
+    if self._spent + self._last <= _SHARE * (start - self._began):
+      work()
+      self._last = time.perf_counter() - start
+      self._spent += self._last
 
 
 class Journal:
@@ -46,7 +61,7 @@ class Journal:
       start: the last step that is kept; None: none.
     """
     self._run, self._functions = run, functions
-    self._began, self._spent, self._last = time.perf_counter(), 0., _GUESS_S
+    self._page, self._figures = _Share(), _Share(_GUESS_S)
     for name in ('samples.jsonl', 'tokens.jsonl'):
       metrics.keep_until(run.path(name), start)
 
@@ -129,16 +144,13 @@ class Journal:
       self._append('tokens.jsonl', rows)
 
   def draw(self):
-    """Write the page; draw the figures where they take 2 % of the time so far.
+    """Write the page and draw the figures, where time allows; see `_Share`.
 
-    Drawing takes a second, which is much in a run of a minute.
+    Drawing takes a second, which is much in a run of a minute; the page reads
+    all tokens noted so far, which are many after a day.
     """
-    write_page(self._run, 'running')
-    start = time.perf_counter()
-    if self._spent + self._last <= _SHARE * (start - self._began):
-      draw_figures(self._run)
-      self._last = time.perf_counter() - start
-      self._spent += self._last
+    self._page.spend(lambda: write_page(self._run, 'running'))
+    self._figures.spend(lambda: draw_figures(self._run))
 
 
 def write_page(run: workdir_lib.Run, status):

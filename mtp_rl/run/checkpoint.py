@@ -94,7 +94,9 @@ class Checkpoints:
       checksums.write(part, early)
     with distributed.together(), _disk(final):
       if distributed.is_writer():
+        checksums.sync_all(part)
         os.rename(part, final)
+        checksums.sync(self._directory)
         for old in self.steps()[:-self._keep]:
           # Under another name first: a kill leaves no half of a checkpoint.
           os.rename(self.path(old), self.path(f'{old}.part'))

@@ -220,10 +220,13 @@ def postfix(row):
 
 
 def write_json(path, values):
-  """Write a JSON file atomically: a kill leaves the old file or the new one."""
+  """Write a JSON file whole: a kill or a power cut leaves the old or the new.
+  """
   if not distributed.is_writer():
     return
   with open(path + '.part', 'w', encoding='utf-8') as f:
     json.dump(values, f, indent=2)
     f.write('\n')
+    f.flush()
+    os.fsync(f.fileno())
   os.replace(path + '.part', path)

@@ -128,7 +128,7 @@ def take(workdir):
 
 def _create(path, text):
   """Write the lock; return False where there is one."""
-  own = f'{path}.{os.getpid()}.part'
+  own = f'{path}.{secrets.token_hex(8)}.part'
   with open(own, 'w', encoding='utf-8') as f:
     f.write(text)
   try:
@@ -163,7 +163,7 @@ def _clear_stale(workdir, path):
     raise config_lib.ConfigError(
         f'workdir {workdir} belongs to {found.who}, which is still running; '
         'stop that one, or choose another --workdir')
-  aside = f'{path}.{os.getpid()}.part'
+  aside = f'{path}.{secrets.token_hex(8)}.part'
   try:
     os.rename(path, aside)
   except FileNotFoundError:

@@ -102,6 +102,8 @@ def setup(config: config_lib.Config, workdir):
     _check_lengths(config, task)
     run = _run(config, workdir, task, mesh)
     published = _check_pretrained(run)
+    if hasattr(task, 'start'):
+      task.start()
   report = getattr(task, 'report', None)
   data = os.path.join(workdir, 'data.json')
   with distributed.together():
@@ -269,20 +271,15 @@ def published_config(workdir):
   path = os.path.join(workdir, _PUBLISHED)
   if not os.path.exists(path):
     return None
-  try:
-    with open(path, encoding='utf-8') as f:
-      return json.load(f)
-  except (OSError, ValueError) as e:
-    raise config_lib.ConfigError(
-        f'{path} cannot be read ({e}); remove it to write a new config.json '
-        'without the original entries') from e
+  return config_io.read_json(path, 'remove it to write a new config.json '
+                             'without the original entries')
 
 
 def _same_data(path, report):
   """Raise ConfigError if data files have changed since the run began."""
   if os.path.exists(path):
-    with open(path, encoding='utf-8') as f:
-      before = json.load(f)['sha256']
+    before = config_io.read_json(
+        path, 'remove it where the data is that of the run')['sha256']
     changed = [n for n in before if before[n] != report['sha256'].get(n)]
     if changed:
       raise config_lib.ConfigError(

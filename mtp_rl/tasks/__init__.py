@@ -24,10 +24,11 @@ MODULES = {'arithmetic': 'mtp_rl.tasks.arithmetic',
 class Task(Protocol):
   """The interface of a task.
 
-  A task may have three more members: `fit(max_prompt)`, which drops prompts of
-  more tokens, `report`, a dict about its data that the workdir keeps, and
-  `floor`, the main head's least loss in the warm-up without memorising single
-  solutions, nats a token.
+  A task may have four more members: `fit(max_prompt)`, which drops prompts of
+  more tokens, `start()`, which starts the verifier's processes before long work
+  and raises config.ConfigError where they do not start, `report`, a dict about
+  its data that the workdir keeps, and `floor`, the main head's least loss in
+  the warm-up without memorising single solutions, nats a token.
   """
 
   tokenizer: tokenizers.CharTokenizer | tokenizers.SubwordTokenizer

@@ -167,9 +167,12 @@ def load(name, data_dir, cache_dir=''):
   cache = cache_dir or os.path.join(
       os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'),
       'mtp_rl')
-  builder = _builder()(path, data_dir=os.path.join(
-      os.path.expanduser(cache), f'{name}-{digest[:16]}'),
-      file_format='array_record')
+  make, prepared = _builder(), os.path.join(
+      os.path.expanduser(cache), f'{name}-{digest[:16]}')
+  try:
+    builder = make(path, data_dir=prepared, file_format='array_record')
+  except Exception as e:  # of many kinds, where a file in it is damaged
+    raise _damaged(prepared, path, e) from e
   if not builder.is_prepared():
     builder.source = _usable(path)
   try:
@@ -183,11 +186,15 @@ def load(name, data_dir, cache_dir=''):
   try:
     rows = [_row(features) for features in builder.as_data_source('rows')]
   except (OSError, RuntimeError, TypeError, ValueError) as e:
-    raise config_lib.ConfigError(
-        f'the prepared copy {builder.data_dir} of {path} is damaged '
-        f'({type(e).__name__}); remove it') from e
+    raise _damaged(builder.data_dir, path, e) from e
   listed = name in SETS and digest == SETS[name].sha256
   return Prepared(rows, builder.info.metadata['rejected'], listed, digest)
+
+
+def _damaged(prepared, path, error):
+  return config_lib.ConfigError(
+      f'the prepared copy {prepared} of {path} is damaged '
+      f'({type(error).__name__}); remove it')
 
 
 def _usable(path):
@@ -221,15 +228,17 @@ def parse(line, values):
       value = str(value)
     if not isinstance(value, str) or not value.strip():
       raise ValueError(f'{name} is missing or empty')
-    value.encode()  # raises a ValueError on lone surrogates
     texts[name] = value.strip()
   overlaps = values.get('overlaps')
   overlaps = [] if overlaps is None else overlaps
   if not isinstance(overlaps, list):
     raise ValueError('overlaps is no list')
-  return Row(line, str(values.get('id', line)), **texts,
-             overlaps=','.join(map(str, overlaps)),
-             conflicting=bool(values.get('conflicting_answers')))
+  row = Row(line, str(values.get('id', line)), **texts,
+            overlaps=','.join(map(str, overlaps)),
+            conflicting=bool(values.get('conflicting_answers')))
+  for text in (row.id, row.problem, row.answer, row.overlaps):
+    text.encode()  # raises a ValueError on lone surrogates
+  return row
 
 
 def read(path):

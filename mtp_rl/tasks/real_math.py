@@ -202,6 +202,10 @@ class Math:
     """Return the verifier's failures so far, {name: count}."""
     return dict(self._verifier.counts)
 
+  def start(self):
+    """Start the verifier's processes; raises config.ConfigError."""
+    self._verifier.start()
+
   def close(self):
     """End the verifier's processes."""
     self._verifier.close()

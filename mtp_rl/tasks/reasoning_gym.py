@@ -3,21 +3,27 @@
 Questions are drawn once (task.size of them), duplicates dropped, and split by
 question text. The package's own scorer judges the stripped completion; only
 its full score earns the reward of 1. Scorers may parse what the model wrote,
-so they run in a worker process with a time limit.
+so they run in worker processes with limits on time and memory; those that would
+run it as Python are refused unless task.allow_eval is set.
 """
 
 import difflib
+import inspect
 import json
+import re
+import sys
 import zlib
 
 import numpy as np
 
 from mtp_rl import config as config_lib
 from mtp_rl import tokenizers, types
-from mtp_rl.tasks import workers
+from mtp_rl.tasks import verifiers, workers
 
 HELD_OUT_SHARE = 8  # one question in 8, by checksum, is never trained on
 _TRAIN, _SUPERVISED = range(2)
+# Functions that run text as Python, sympy's as well.
+_EVALUATES = re.compile(r'\b(?:eval|exec|parse_expr|sympify)\(')
 
 
 def _create(dataset, options, size, seed):
@@ -31,12 +37,23 @@ def scorer(dataset, options, size, seed):
   return lambda index, text: data.score_answer(text, data[index])
 
 
+def evaluates(data):
+  """Return whether a data set's own scorer may run an answer as Python.
+
+  Read is the source of its module, so one that evaluates elsewhere counts too.
+  """
+  import reasoning_gym
+  own, base = type(data), reasoning_gym.dataset.ProceduralDataset
+  return own.score_answer is not base.score_answer and bool(_EVALUATES.search(
+      inspect.getsource(sys.modules[own.__module__])))
+
+
 def make(task_config: config_lib.Task, seed):
   """Return the `ReasoningGym` task of a `config.Task`.
 
   Raises:
-    config.ConfigError: the package is missing, or the data set or its
-      options are unknown.
+    config.ConfigError: the package is missing, the data set or its options
+      are unknown, or its scorer evaluates answers.
   """
   try:
     options = json.loads(task_config.options)
@@ -67,9 +84,15 @@ def make(task_config: config_lib.Task, seed):
     raise config_lib.ConfigError(
         f'reasoning_gym cannot make task.dataset={task_config.dataset!r} with '
         f'task.options={task_config.options}: {e}') from e
-  return ReasoningGym(task_config, seed, entries,
-                      workers.Pool(scorer, args, task_config.timeout_s,
-                                   preload=['reasoning_gym']))
+  if evaluates(data) and not task_config.allow_eval:
+    raise config_lib.ConfigError(
+        f"reasoning_gym's scorer of {task_config.dataset!r} may run answers as "
+        'Python, with the rights of this user; set task.allow_eval=true where '
+        'that can do no harm, such as in a container, or choose another '
+        'task.dataset')
+  return ReasoningGym(task_config, seed, entries, workers.Pool(
+      scorer, args, task_config.timeout_s, task_config.processes,
+      verifiers.MEMORY_MB, preload=['reasoning_gym']))
 
 
 class ReasoningGym:
@@ -140,6 +163,10 @@ class ReasoningGym:
     """Return how often the scorer raised, hung or crashed so far."""
     return dict(self._pool.counts)
 
+  def start(self):
+    """Start the worker processes; raises config.ConfigError."""
+    self._pool.start()
+
   def close(self):
-    """End the worker process."""
+    """End the worker processes."""
     self._pool.close()

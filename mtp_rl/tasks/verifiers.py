@@ -44,8 +44,8 @@ _UNIT = re.compile(
     r'(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|'
     r'\\(?:text|mathrm|mbox)\{([^{}0-9%]*)\}(?:\^(?:[23]|\{[23]\}))?)$')
 _NO_UNIT = re.compile(
-    r'\b(?:or|and|to|half|per\s*cent|dozen|hundred|thousand|[mb]illion|'
-    r'(?:ten|hundred|thousand)ths?|[eix])\b')
+    r'\b(?:or|and|to|half|per\s*cents?|dozens?|hundreds?|thousands?|'
+    r'(?:m|b|tr)illions?|(?:ten|hundred|thousand)ths?|[eix])\b', re.IGNORECASE)
 _FRACTION = re.compile(
     r'([+-]?)\\frac(?:\{([0-9]+)\}\{([0-9]+)\}|([0-9])([0-9]))')
 _INTEGER = re.compile(r'([+-]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?')
@@ -222,6 +222,10 @@ class MathVerifier:
     for (i, _), score in zip(asked, scores):
       rewards[i] = score
     return rewards
+
+  def start(self):
+    """Start the workers; raises config.ConfigError."""
+    self._pool.start()
 
   def close(self):
     """End the workers."""

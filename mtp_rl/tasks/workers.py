@@ -18,6 +18,8 @@ import time
 import weakref
 from multiprocessing import connection as connection_lib
 
+from mtp_rl import config as config_lib
+
 START_S = 120.  # limit for a fresh process, which imports the packages
 _TRIES = 5  # to start a process
 _END_S = 5.  # seconds to wait for a killed process to end
@@ -35,11 +37,21 @@ def _context(preload):
   return context
 
 
-def _limit_memory(extra_mb):
-  """Bound this process's address space to what it has plus extra_mb MiB."""
-  if not extra_mb or not os.path.exists('/proc/self/statm'):
+def _restrict(extra_mb):
+  """Bound this process's memory, and let it write no file and print nothing.
+
+  Args:
+    extra_mb: MiB that it may take beyond what it has; 0: no limit.
+  """
+  quiet = os.open(os.devnull, os.O_WRONLY)
+  for stream in (1, 2):
+    os.dup2(quiet, stream)
+  if os.name != 'posix':
     return
   import resource  # not on every system
+  resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+  if not extra_mb or not os.path.exists('/proc/self/statm'):
+    return
   with open('/proc/self/statm', encoding='ascii') as f:
     now = int(f.read().split()[0]) * os.sysconf('SC_PAGE_SIZE')
   limit = now + extra_mb * 2 ** 20
@@ -53,7 +65,7 @@ def _serve(connection, factory, args, memory_mb):
   for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, signal.SIG_IGN)
   scorer = factory(*args)
-  _limit_memory(memory_mb)
+  _restrict(memory_mb)
   connection.send_bytes(b'ready')
   while True:
     try:
@@ -145,12 +157,17 @@ class Pool:
     """Start the missing processes, and wait until they are ready.
 
     Raises:
-      RuntimeError: they do not start.
+      config.ConfigError: they do not start.
     """
-    self._fill(self._size)
-    while not all(w.ready for w in self._workers):
-      self._step([])
+    try:
       self._fill(self._size)
+      while not all(w.ready for w in self._workers):
+        self._step([])
+        self._fill(self._size)
+    except (OSError, EOFError, RuntimeError) as e:
+      raise config_lib.ConfigError(
+          f'the verifier processes do not start ({e}); their socket lies in '
+          'TMPDIR, whose path must be short and writable') from e
 
   def score_all(self, requests):
     """Return the list of scores, 0.0 where the scorer raised, hung or crashed.
