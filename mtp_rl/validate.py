@@ -79,7 +79,7 @@ _NOT_NEGATIVE = {
 
 _need = settings.need
 
-# Estimators that do not call `occ.solve`.
+# Estimators with a rule of their own for several modules.
 _OWN_SOLVER = ('authors', 'affordable', 'curvature', 'gac', 'pcr')
 
 # Values that have another name today.

@@ -2,10 +2,11 @@
 
 From a checkpoint the run's own optimiser goes on for n updates with lambda held
 fixed (regime fixed; lambda = 0 is Detach), on fresh rollouts of the policy as
-it changes; then J is the mean reward of samples on prompts that no update saw.
-All lambdas start from one state and draw the same prompts with the same random
-numbers, so that their differences are paired. Where the best lambda moves with
-n, the lambda of one step is myopic.
+it changes; then J is the mean reward of samples on prompts of steps that no run
+gets to (a finite set has them in others as well). All lambdas start from one
+state and draw the same prompts with the same random numbers, so that their
+differences are paired. Where the best lambda moves with n, the lambda of one
+step is myopic.
 """
 
 import copy
