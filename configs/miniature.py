@@ -43,8 +43,9 @@ with FLAGS one of
   detach; none of those run with two tied layers, 8 samples and 40 steps did.
 - Measures, paired by seed against detach: mean reward of all steps; held-out
   avg@4 after the last step.
-- Seeds 0 to 9, or those complete after 20 minutes on two cores. Holm's
-  correction within each table.
+- Seeds 0 to 9, or those complete after 20 minutes on two cores (`untied`: 35,
+  changed while its first seed ran on a slower machine than foreseen, nothing
+  read). Holm's correction within each table.
 
 Not run yet.
 """
