@@ -220,8 +220,7 @@ def postfix(row):
 
 
 def write_json(path, values):
-  """Write a JSON file whole: a kill or a power cut leaves the old or the new.
-  """
+  """Write a JSON file whole: a kill or power cut leaves the old or the new."""
   if not distributed.is_writer():
     return
   with open(path + '.part', 'w', encoding='utf-8') as f:
