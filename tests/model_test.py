@@ -177,7 +177,7 @@ def test_each_detach_switch_cuts_its_path_exactly(tied, tiny):
   def gradient(**switches):
     return _mtp_gradient(tiny(
         model=dict(tie_embeddings=tied),
-        # Detach, as one that trains theta refuses to have all ways cut.
+        # A regime that trains theta refuses all three switches at once.
         mtp=dict(modules=2, regime='detach', **switches),
         rollout=dict(max_response=S)))
   norm = lambda g, *names: float(sum(tree.norm(g[n]) for n in names))

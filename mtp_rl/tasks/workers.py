@@ -38,7 +38,7 @@ def _context(preload):
 
 
 def _restrict(extra_mb):
-  """Bound this process's memory, and let it write no file and print nothing.
+  """Bound this process's memory; let it write nothing to files or terminals.
 
   Args:
     extra_mb: MiB that it may take beyond what it has; 0: no limit.
