@@ -1,7 +1,7 @@
 r"""The paper's comparison in small: the quickstart with low lr and tight clip.
 
     python -m experiments.compare --config=configs/miniature.py \
-        --workdir=DIR --preset=table1,table2 --seeds=5 --jobs=2
+        --workdir=DIR --preset=table1,table2,trace --seeds=5 --jobs=2
 
 The learning rate is so low that the reward still rises when the run ends, and
 the clip so tight that it is active, so that MTP's part of the gradient shows in
