@@ -70,9 +70,9 @@ def _microbatched(function, microbatches):
 
 
 def _token_logprobs(config: config_lib.Config, hidden, ahead, params, rows,
-                    **what):
-  """Call `logprobs.token_logprobs` with the settings of a config."""
-  return logprobs.token_logprobs(
+                    function=logprobs.token_logprobs, **what):
+  """Call a function of logprobs.py with the settings of a config."""
+  return function(
       hidden, ahead, transformer.head_matrix(params), rows.tokens,
       rows.scored(config.rollout.max_response), chunk=config.model.head_chunk,
       temperature=config.rollout.temperature,
@@ -139,7 +139,8 @@ class Forward(NamedTuple):
     entropy: [B, S], or None.
     mtp: `mtp_loss.Scores`, or None where the MTP modules were left out.
     pull_main: function (d_main, d_entropy) -> `Boundary`.
-    pull_mtp: function d_mtp -> (`Boundary`, gradient over psi), or None.
+    pull_mtp: function (d_mtp, depths) -> (`Boundary`, gradient over psi), or
+      None. It pulls back the depths of a slice, all by default.
     pull_trunk: function `Boundary` -> gradient over theta.
   """
   main: jax.Array
@@ -151,7 +152,10 @@ class Forward(NamedTuple):
 
 
 def _stages(config: config_lib.Config, entropy):
-  """Return the functions of the stages: trunk, main head, MTP modules."""
+  """Return the functions of the stages: trunk, main head, MTP modules.
+
+  The third returns a list of K `mtp_loss.Scores`, [B, S].
+  """
   net, divergence = network(config), mtp_loss.reads_teacher(config.mtp)
 
   def trunk(params, rows):
@@ -168,8 +172,10 @@ def _stages(config: config_lib.Config, entropy):
                        method='ahead')
     teacher = net.apply({'params': params}, x, method='norm')
     out = _token_logprobs(config, teacher if divergence else None, states,
-                          params, rows, divergence=divergence)
-    return mtp_loss.Scores(out.mtp, out.kl, out.overlap)
+                          params, rows, logprobs.by_depth,
+                          divergence=divergence)
+    seen = (out.mtp, out.kl, out.overlap) if divergence else (out.mtp,)
+    return [mtp_loss.Scores(*x) for x in zip(*seen)]
 
   run = functools.partial(_microbatched, microbatches=config.rl.microbatches)
   return run(trunk), run(main), run(ahead)
@@ -210,12 +216,17 @@ def forward(params, rows: types.Tokens, *, config: config_lib.Config,
   if not with_mtp:
     return out
   above_psi = {**above, **tree.psi(params)}
-  scores, back_mtp = jax.vjp(
+  at = above_t, tree.psi(trained), x
+  scores, linear = jax.linearize(
       lambda p, psi, x: ahead(tree.merge(above_psi, {**p, **psi}), x, rows),
-      above_t, tree.psi(trained), x)
+      *at)
 
-  def pull_mtp(d_mtp):
-    readout, d_psi, d_trunk = back_mtp(d_mtp)
+  def pull_mtp(d_mtp, depths=slice(None)):
+    by_depth = [jax.tree.map(lambda d, k=k: d[..., k], d_mtp)
+                for k in range(len(scores))]
+    back = jax.linear_transpose(lambda *t: linear(*t)[depths], *at)
+    readout, d_psi, d_trunk = back(by_depth[depths])
     return Boundary(readout, d_trunk), d_psi
 
-  return out._replace(mtp=scores, pull_mtp=pull_mtp)
+  stacked = jax.tree.map(lambda *x: jnp.stack(x, -1), *scores)
+  return out._replace(mtp=stacked, pull_mtp=pull_mtp)

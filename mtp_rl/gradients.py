@@ -9,6 +9,7 @@ The objectives see the log-probs of the whole minibatch, so lambda and every
 denominator are the same for any number of microbatches or devices.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 from mtp_rl import config as config_lib
 from mtp_rl import curvature, estimators, forward, occ, sharding, tree, types
+from mtp_rl.models import attention
 from mtp_rl.objectives import logprobs, policy
 from mtp_rl.objectives import mtp as mtp_loss
 
@@ -135,27 +137,31 @@ class Pull(NamedTuple):
   psi: Any
 
 
-def pull_mtp(work, weights, loss, row_scale=None):
+def pull_mtp(work, weights, loss, row_scale=None, depths=slice(None)):
   """Return the `Pull` of -sum_k weights_k L_k.
 
   Args:
     work: `Minibatch`.
     weights: float32 [K].
     loss, row_scale: see `mtp_loss.losses`.
+    depths: slice of the modules whose log-probs are read where the weights are
+      not 0; the others' heads, and the modules above, are left out.
   """
   def total(mtp):
     return -jnp.sum(weights * mtp_loss.losses(
         mtp, work.mtp_mask, work.batch, work.config, loss, row_scale))
   d_mtp = _parts(jax.grad(total)(work.mtp), len(work.parts),
                  work.config.rl.group)
-  pulled = [f.pull_mtp(d) for f, d in zip(work.parts, d_mtp)]
+  pulled = [f.pull_mtp(d, depths) for f, d in zip(work.parts, d_mtp)]
   return Pull([b for b, _ in pulled], tree.total([psi for _, psi in pulled]))
 
 
 def pull_each(work, loss):
   """Return a list of K `Pull`s, the k-th that of -L_k alone."""
   k = config_lib.depths(work.config.mtp)
-  return [pull_mtp(work, jax.nn.one_hot(i, k), loss) for i in range(k)]
+  below = loss == 'tv_e2e'  # its L_k reads the depths up to k, others depth k
+  return [pull_mtp(work, jax.nn.one_hot(i, k), loss,
+                   depths=slice(0 if below else i, i + 1)) for i in range(k)]
 
 
 def pull_trunk(work, boundaries):
@@ -164,7 +170,12 @@ def pull_trunk(work, boundaries):
 
 
 def objective(params, batch, config: config_lib.Config):
-  """Return J (to be maximised), float32 []."""
+  """Return J (to be maximised), float32 [], of a float32 model.
+
+  J's change over one update is less than what a narrower `model.dtype` rounds.
+  """
+  config = dataclasses.replace(config,
+                               model=attention.in_float32(config.model))
   out = forward.score(params, batch.rows, config=config, with_mtp=False,
                       entropy=bool(config.rl.entropy_coef))
   return -policy.rl_loss(out.main, out.entropy, batch, config.rl,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core as extend
 
 from mtp_rl import (
   curvature,
@@ -176,7 +177,7 @@ def _halves(modules):
 
 
 @pytest.mark.parametrize('estimator, parts, loss', [
-    ('exact', 1, 'policy'), conftest.long('preconditioned', 2, 'policy'),
+    ('exact', 1, 'tv_e2e'), conftest.long('preconditioned', 2, 'policy'),
     ('cross_fitted', 2, 'kl'), ('curvature', 2, 'policy'), ('gac', 2, 'ce'),
     conftest.long('pcr', 2, 'policy'), conftest.long('affordable', 2, 'tv')])
 def test_exact_products_are_those_of_plain_gradients(estimator, parts, loss):
@@ -217,6 +218,36 @@ def test_a_scope_measures_its_parameters_and_the_step_is_over_all():
   lam = [float(metrics[f'occ/lambda_{k + 1}']) for k in range(2)]
   expected = tree.add(g_rl, tree.weighted(lam, g))
   batches.assert_close(tree.theta(got), jax.tree.map(jnp.negative, expected))
+
+
+def _head_products(jaxpr):
+  """How many products of a jaxpr have a side of the vocabulary's size."""
+  n = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'dot_general':
+      n += any(batches.V in x.aval.shape for x in (*eqn.invars, *eqn.outvars))
+    n += sum(map(_head_products, extend.jaxprs_in_params(eqn.params)))
+  return n
+
+
+@pytest.mark.parametrize('loss, twice', [('ce', 0), ('tv_e2e', 1)])
+def test_one_gradient_a_module_costs_one_head_a_module(loss, twice):
+  """TV end to end alone reads the depths below as well: K^2."""
+  found = []
+  for modules in (1, 2, 3):
+    config = batches.config('exact', mtp=dict(modules=modules, theta_loss=loss),
+                            model=dict(head_chunk=2))
+    params = jax.eval_shape(functools.partial(forward.init, config),
+                            jax.random.key(0))
+    rows = batches.batch()._replace(old_mtp=np.zeros(
+        (batches.ROWS, S, modules), np.float32))
+    pull = lambda p, b, config=config: [
+        (x.boundaries, x.psi) for x in gradients.pull_each(
+            gradients.score(p, b, config), loss)]
+    found.append(_head_products(jax.make_jaxpr(pull)(params, rows).jaxpr))
+  first, second, third = found
+  assert second > first
+  assert bool((third - second) - (second - first)) == twice, found
 
 
 @pytest.mark.parametrize('tied', [True, False])
@@ -405,6 +436,15 @@ def test_a_lambda_that_is_held_gives_the_gradient_that_it_was_measured_for(
   for name in ('occ/lambda', *(['occ/lambda_2'] if modules > 1 else [])):
     np.testing.assert_allclose(metrics[name], seen[name], rtol=1e-6)
     assert abs(seen[name]) > 1e-3
+
+
+def test_l_eta_is_measured_in_float32():
+  """An update changes J by less than what bfloat16 rounds."""
+  value = lambda dtype: jax.jit(functools.partial(
+      gradients.objective, config=batches.config(
+          'cross_fitted', model=dict(dtype=dtype))))(
+              batches.params(), batches.batch())
+  assert value('bfloat16') == value('float32')
 
 
 def test_l_eta_is_measured_on_the_update_itself():

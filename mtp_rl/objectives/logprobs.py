@@ -196,7 +196,16 @@ def _on_mesh(function, states, matrix, targets):
                        out_specs=rows)(states, matrix, targets)
 
 
-def token_logprobs(hidden, ahead, matrix, tokens, columns, *, chunk=0,
+def token_logprobs(hidden, ahead, matrix, tokens, columns, **what):
+  """Return the `LogProbs` of `by_depth`, the depths stacked."""
+  out = by_depth(hidden, ahead, matrix, tokens, columns, **what)
+  stack = lambda xs: (jnp.stack(xs, -1) if xs else
+                      jnp.zeros((tokens.shape[0], columns, 0)))
+  return out._replace(**{name: stack(x) for name, x in out._asdict().items()
+                         if isinstance(x, list)})
+
+
+def by_depth(hidden, ahead, matrix, tokens, columns, *, chunk=0,
                    temperature=1., detach_head=False, entropy=False,
                    acceptance=False, divergence=False):
   """Score the last S columns under the main head and every MTP module.
@@ -216,7 +225,8 @@ def token_logprobs(hidden, ahead, matrix, tokens, columns, *, chunk=0,
     divergence: whether to return `kl` and `overlap`.
 
   Returns:
-    `LogProbs`.
+    `LogProbs` with a list of K arrays [B, S] for each [B, S, K]: a pullback
+    of some depths then leaves out the heads of the others.
   """
   chex.assert_shape(tokens, (None, None))
   chex.assert_shape([h for h in (hidden, *ahead) if h is not None],
@@ -226,10 +236,8 @@ def token_logprobs(hidden, ahead, matrix, tokens, columns, *, chunk=0,
   first = int(hidden is not None)
 
   def score(states, targets, v):
-    stack = lambda xs: (jnp.stack(xs, -1) if xs else
-                        jnp.zeros((*targets.shape, 0)))
     foreseen = [v.log_softmax(h, detach_head) for h in states[first:]]
-    out = LogProbs(None, stack([v.pick(q, targets) for q in foreseen]))
+    out = LogProbs(None, [v.pick(q, targets) for q in foreseen])
     if hidden is None:
       return out
     main = v.log_softmax(states[0])
@@ -238,14 +246,14 @@ def token_logprobs(hidden, ahead, matrix, tokens, columns, *, chunk=0,
       out = out._replace(entropy=-v.sum(jnp.exp(main) * main))
     if acceptance:
       best = v.argmax(main)
-      out = out._replace(top1=stack([v.argmax(q) == best for q in foreseen]))
+      out = out._replace(top1=[v.argmax(q) == best for q in foreseen])
     teacher = jax.lax.stop_gradient(main)
     if acceptance or divergence:
-      out = out._replace(overlap=stack(
-          [v.sum(jnp.exp(jnp.minimum(teacher, q))) for q in foreseen]))
+      out = out._replace(overlap=[
+          v.sum(jnp.exp(jnp.minimum(teacher, q))) for q in foreseen])
     if divergence:
-      out = out._replace(kl=stack(
-          [v.sum(jnp.exp(teacher) * (teacher - q)) for q in foreseen]))
+      out = out._replace(kl=[
+          v.sum(jnp.exp(teacher) * (teacher - q)) for q in foreseen])
     return out
 
   def local(states, matrix, targets, axis):
