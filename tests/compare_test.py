@@ -89,6 +89,15 @@ def test_fisher_by_hand():
   assert intervals.shares_differ(share(2, 3), share(2, 3)) == 1.
 
 
+def test_mcnemar_by_hand():
+  # Five seeds one way and none the other: p = 2 / 2^5; the tie and the seed
+  # that one of them lacks say nothing.
+  a = {s: True for s in range(6)} | {9: True}
+  b = {s: s == 5 for s in range(6)}
+  assert intervals.pairs_differ(a, b) == intervals.pairs_differ(b, a) == 1 / 16
+  assert intervals.pairs_differ(b, b) == intervals.pairs_differ({}, b) == 1.
+
+
 def test_shares_of_seeds_that_solve_a_task():
   variants = grid.free_variants(
       conftest.tiny_config(), 'a:mtp.regime=detach;b:mtp.regime=detach')
@@ -98,8 +107,8 @@ def test_shares_of_seeds_that_solve_a_task():
   rows = summary.compare(variants, runs)
   text = summary.markdown(rows, 'title', .9)
   assert "Fisher's p against a" in text
-  assert '| a | 2 of 3 | [0.21, 0.94] |  |' in text
-  assert '| b | 0 of 3 | [0.00, 0.56] | 0.4 |' in text  # 2 * 3 / (6 over 2)
+  assert '| a | 2 of 3 | [0.21, 0.94] |  |  |' in text
+  assert '| b | 0 of 3 | [0.00, 0.56] | 0.4 | 0.5 |' in text
   assert '| minus a |' in text  # the first is the baseline of its regime
   assert 'Wilson' not in summary.markdown(rows, 'title')
   assert comparison_figures.differences(rows, 'greedy') == [
@@ -107,6 +116,12 @@ def test_shares_of_seeds_that_solve_a_task():
   runs = {name: {0: [{'step': 1, 'reward/mean': 1.}]} for name in 'ab'}
   assert 'Wilson' not in summary.markdown(
       summary.compare(variants, runs), 'title', .9)
+
+
+def test_the_reward_of_a_step_is_that_of_all_its_draws():
+  rows = [{'step': 1, 'reward/mean': .9, 'reward/drawn_mean': .2},
+          {'step': 2, 'reward/mean': .4}]
+  assert summary.run_values(rows)['reward'] == pytest.approx(.3)
 
 
 def test_values_of_a_run():

@@ -59,6 +59,14 @@ def _by_depth(late):
   return seen if len(seen) > 1 else {}
 
 
+def _reward(row):
+  """Return a step's mean reward, of all that was drawn; None: none.
+
+  Groups that rl.dynamic_sampling keeps, for their varied rewards, say less.
+  """
+  return row.get('reward/drawn_mean', row.get('reward/mean'))
+
+
 def run_values(rows):
   """Return a run's values, a dict with those `METRICS` that it has.
 
@@ -71,8 +79,8 @@ def run_values(rows):
   steps = [r for r in rows if r['step'] > 0]
   column = lambda name: [r[name] for r in steps if r.get(name) is not None]
   last = rows[-1] if rows else {}
-  rewards, lambdas, seconds = map(column, ('reward/mean', 'occ/lambda',
-                                           'timing_s/update'))
+  rewards = [x for x in map(_reward, steps) if x is not None]
+  lambdas, seconds = map(column, ('occ/lambda', 'timing_s/update'))
   # One step's rollouts are few: the last tenth of the steps.
   late = lambda name: column(name)[-max(len(steps) // 10, 1):]
   first = rows[0] if rows else {}
@@ -147,8 +155,8 @@ def _in_equal_seconds(variants, runs):
   for group in dict.fromkeys(v.group for v in variants):
     names = [v.name for v in variants if v.group == group]
     for seed in set.intersection(*(set(runs[n]) for n in names)):
-      rewards = {n: [r['reward/mean'] for r in runs[n][seed]
-                     if r.get('reward/mean') is not None] for n in names}
+      rewards = {n: [x for x in map(_reward, runs[n][seed]) if x is not None]
+                 for n in names}
       each = {n: step_seconds(runs[n][seed]) for n in names}
       if not all(rewards.values()) or None in each.values():
         continue
@@ -239,6 +247,11 @@ def _differences(rows, regime, titles):
                          lines) + '\n'
 
 
+def _reached(row, least):
+  """Return seed -> whether its held-out greedy accuracy is `least` or more."""
+  return {s: x >= least for s, x in row['values']['greedy'].items()}
+
+
 def solved(row, least):
   """Return the `intervals.Interval` of the share of seeds that solve the task.
 
@@ -246,21 +259,23 @@ def solved(row, least):
     row: of `compare`.
     least: held-out greedy accuracy, mean of the sets, from which a seed counts.
   """
-  seen = row['values']['greedy'].values()
-  return intervals.share(sum(x >= least for x in seen), len(seen))
+  seen = _reached(row, least).values()
+  return intervals.share(sum(seen), len(seen))
 
 
 def _solved(rows, least):
   """Return the table of the shares of seeds that solve the task.
 
-  And, where the group has a baseline, Fisher's p of each share against its.
+  And, where the group has a baseline, the p of each share against its: by
+  Fisher, and by McNemar, paired by seed.
   """
   base = next((r for regime in BASELINES for r in rows
                if r['regime'] == regime), None)
   titles = ['variant', f'seeds with greedy {least:g} or more',
             'share, Wilson 95 %']
   if base is not None:
-    titles.append(f'Fisher\'s p against {base["label"]}')
+    titles += [f'Fisher\'s p against {base["label"]}',
+               'McNemar\'s, paired by seed']
   lines = []
   for row in rows:
     x = solved(row, least)
@@ -269,8 +284,10 @@ def _solved(rows, least):
         f'[{x.low:.2f}, {x.high:.2f}]']
     if base is not None:
       other = solved(base, least)
-      line.append('' if row is base or not (x and other) else
-                  f'{intervals.shares_differ(x, other):.2g}')
+      pair = _reached(row, least), _reached(base, least)
+      line += ['', ''] if row is base or not (x and other) else [
+          f'{intervals.shares_differ(x, other):.2g}',
+          f'{intervals.pairs_differ(*pair):.2g}']
     lines.append(line)
   return tables.markdown(titles, lines) + '\n'
 

@@ -57,6 +57,19 @@ def shares_differ(a, b):
   return float(stats.fisher_exact(counts).pvalue)
 
 
+def pairs_differ(a, b):
+  """Return the two-sided p of McNemar's exact test (1947) of equal shares.
+
+  Only seeds where one of two counts and the other does not bear on it: equal
+  shares would make either as likely.
+
+  Args:
+    a, b: dicts seed -> bool; the seeds that both have are compared.
+  """
+  found = [a[s] for s in a if s in b and a[s] != b[s]]
+  return float(stats.binomtest(sum(found), len(found)).pvalue) if found else 1.
+
+
 def _spread(x):
   """Return whether values differ by more than rounding.
 
