@@ -119,7 +119,7 @@ class OCC:
   measure: int = 0  # minibatches a step that measure lambda, the first; 0: all
   budget: float = .1  # affordable: share of RL's own gain that MTP may cost
   target: float = .5  # gac: share of MTP where the gradients are free of noise
-  guard: float = 0.  # bound rho of ||lambda g_MTP|| <= rho ||g_RL||; 0: off
+  guard: float = 0.  # bound rho of ||lambda g_MTP|| / ||g_RL||; 0: off
   eta: float = 0.  # step size in the curvature form; 0: the learning rate
 
 

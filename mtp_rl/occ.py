@@ -344,7 +344,8 @@ def track_smoothness(state, ratio, decay=.9, low=.05):
 
 def guard(lam, products, rho):
   """Return lambda scaled down until ||sum_k lambda_k g_k|| <= rho ||g_RL||."""
-  length = jnp.sqrt(lam @ products.gram @ lam)
+  dot = functools.partial(jnp.dot, precision='highest')
+  length = jnp.sqrt(dot(dot(lam, products.gram), lam))
   limit = rho * jnp.sqrt(products.rl)
   return lam * jnp.where(length > limit, limit / jnp.where(
       length > 0, length, 1.), 1.)

@@ -64,9 +64,10 @@ def _probe(before, after, out, batch, config: config_lib.Config):
   move = jax.tree.map(
       jnp.subtract, *(tree.theta(tree.trained(s.params))
                       for s in (after, before)))
-  achieved = gradients.objective(
-      {**after.params, **tree.psi(before.params)}, batch,
-      config) - out.objective
+  value = lambda params: gradients.objective(params, batch, config)
+  start = (out.objective if config.model.dtype == 'float32'
+           else value(before.params))
+  achieved = value({**after.params, **tree.psi(before.params)}) - start
   ascent = jax.tree.map(jnp.negative, tree.theta(out.gradient))
   length = tree.dot(ascent, move)
   ratio = occ.smoothness_ratio(tree.dot(out.g_rl, move), achieved, length)
@@ -160,6 +161,7 @@ class Steps(NamedTuple):
     hold: the same for minibatches that keep lambda, see occ.measure, or None.
     score: function (params, `types.Tokens`) -> LogProbs with entropy and
       acceptance.
+    score_main: the same of the main head alone, without either.
     abstract: TrainState of ShapeDtypeStructs with shardings.
   """
   init: Callable
@@ -167,6 +169,7 @@ class Steps(NamedTuple):
   update: Callable
   hold: Callable | None
   score: Callable
+  score_main: Callable
   abstract: Any
 
 
@@ -221,6 +224,10 @@ def make(config: config_lib.Config, mesh, phase='rl'):
         in_shardings=(shardings, rows), out_shardings=(shardings, whole),
         donate_argnums=0)
 
+  def score(**what):
+    return jax.jit(functools.partial(forward.score, config=config, **what),
+                   in_shardings=(shardings.params, rows), out_shardings=rows)
+
   holding = dataclasses.replace(config, mtp=dataclasses.replace(
       config.mtp, regime='held'))
   return Steps(
@@ -230,8 +237,6 @@ def make(config: config_lib.Config, mesh, phase='rl'):
       update=update(config),
       hold=(update(holding) if phase == 'rl' and regimes.holds(config)
             else None),
-      score=jax.jit(
-          functools.partial(forward.score, config=config, entropy=True,
-                            acceptance=True),
-          in_shardings=(shardings.params, rows), out_shardings=rows),
+      score=score(entropy=True, acceptance=True),
+      score_main=score(with_mtp=False),
       abstract=abstract)

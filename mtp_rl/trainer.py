@@ -47,20 +47,21 @@ def prepare(run: workdir_lib.Run):
   return Functions(
       steps,
       experience.Actor(config, task, place, make(config.rl.group),
-                       functools.partial(_score, run, steps),
+                       functools.partial(_score, run, steps.score),
+                       functools.partial(_score, run, steps.score_main),
                        prng.key(run.key, prng.Stream.ROLLOUT)),
       held_out.Examiner(config, task, place, make(1, greedy=True),
                         make(config.eval.samples),
                         prng.key(run.key, prng.Stream.EVALUATION)))
 
 
-def _score(run, steps, params, rows):
+def _score(run, score, params, rows):
   """Return the `logprobs.LogProbs` of rows, NumPy arrays.
 
   Rows are scored a minibatch at a time, in no more memory than an update.
   """
   placed = sharding.batch_sharding(run.mesh)
-  out = [steps.score(params, distributed.put(part, placed))
+  out = [score(params, distributed.put(part, placed))
          for part in tree.cut(rows, run.config.rl.minibatches)]
   return jax.tree.map(lambda *x: np.concatenate(x),
                       *map(distributed.fetch, out))

@@ -142,6 +142,10 @@ def _validate_mtp(config: config_lib.Config):
         'mtp.regime=occ_authors is defined for one depth, but mtp.modules='
         f'{m.modules} and mtp.unroll={m.unroll}; set both to 1, or '
         'mtp.regime=occ')
+  columns = config.rollout.max_prompt + config.rollout.max_response
+  _need(columns > config_lib.depths(m), 'the deepest of '
+        f'{config_lib.depths(m)} MTP modules predicts nothing in rows of '
+        f'{columns} tokens; raise rollout.max_prompt or rollout.max_response')
   _need(m.theta_loss == 'policy' or m.regime in ('fixed', 'occ'),
         f'mtp.theta_loss={m.theta_loss} is read by the regimes fixed and occ, '
         f'but mtp.regime={m.regime}; set mtp.regime=fixed, or leave '

@@ -26,10 +26,11 @@ def test_rloo_subtracts_the_mean_of_the_others():
 
 
 @pytest.mark.parametrize('kind', ['grpo', 'dr_grpo', 'rloo'])
-@pytest.mark.parametrize('reward', [0., 1.])
-def test_equal_rewards_teach_nothing(kind, reward):
-  got = advantages.group_advantages([reward] * 8, 4, kind)
-  np.testing.assert_array_equal(got, np.zeros(8))
+@pytest.mark.parametrize('reward, group', [(0., 4), (1., 4), (.9, 12), (.1, 7)])
+def test_equal_rewards_teach_nothing(kind, reward, group):
+  got = advantages.group_advantages([reward] * 2 * group, group, kind)
+  assert got.dtype == np.float32
+  np.testing.assert_array_equal(got, np.zeros(2 * group))
 
 
 @pytest.mark.parametrize('kind', ['grpo', 'dr_grpo'])

@@ -74,6 +74,8 @@ from tests import conftest
     (dict(occ=dict(estimator='cross_fitted', disjoint_parts=4),
           rl=dict(microbatches=8), warmup=dict(batch=32)), 'a part of 4 rows'),
     (dict(occ=dict(probe_every=0)), 'occ.probe_every=0'),
+    (dict(mtp=dict(unroll=4), rollout=dict(max_prompt=2, max_response=2)),
+     'rows of 4 tokens'),
     (dict(occ=dict(guard=-1.)), 'occ.guard'),
     (dict(occ=dict(measure=-1)), 'occ.measure=-1'),
     (dict(occ=dict(measure=9, estimator='exact')), 'exceeds rl.minibatches='),

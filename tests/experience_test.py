@@ -56,18 +56,24 @@ def _generate(task):
   return generate
 
 
-def _collect(plan, step=5, mtp=None, **rl):
+def _actor(plan, mtp=None, **rl):
   config = conftest.tiny_config(rl=dict(prompts=P, group=G) | rl, mtp=mtp or {})
-  task = Digits(plan)
-  score = lambda *_: logprobs.LogProbs(
-      np.full((P * G, S), -.5, np.float32), *(np.zeros(shape, np.float32)
+  task, full = Digits(plan), lambda x: np.full((P * G, S), x, np.float32)
+  score = lambda *_: logprobs.LogProbs(full(-.5), *(
+      np.zeros(shape, np.float32)
       for shape in ((P * G, S, 1), (P * G, S), (P * G, S, 1), (P * G, S, 1))))
-  actor = experience.Actor(config, task, place=lambda params: params,
-                           generate=_generate(task), score=score,
-                           key=jax.random.key(0))
-  rollout = experience.collect(actor, None, None, step)
-  samples = [rollout.sample(i, task.tokenizer) for i in range(P * G)]
-  return task, rollout.batch, rollout.metrics, samples
+  return experience.Actor(
+      config, task, place=lambda params: params, generate=_generate(task),
+      score=score, score_main=lambda *_: logprobs.LogProbs(full(-.7), None),
+      key=jax.random.key(0))
+
+
+def _collect(plan, step=5, mtp=None, **rl):
+  actor = _actor(plan, mtp, **rl)
+  reference = {} if actor.config.rl.kl_coef else None
+  rollout = experience.collect(actor, None, reference, step)
+  samples = [rollout.sample(i, actor.task.tokenizer) for i in range(P * G)]
+  return actor.task, rollout.batch, rollout.metrics, samples
 
 
 @pytest.mark.parametrize('mtp, scored', [
@@ -84,6 +90,19 @@ def test_the_samplers_log_probs_spare_the_scoring(mtp, scored):
   assert metrics.get('rollout/logprob_gap_max') == (.5 if scored else None)
   _, batch, metrics, _ = _collect([[0, 1, 4, 2, 0, 0, 3, 4]], mtp=mtp)
   assert (batch.old_main == -.5).all() and 'actor/entropy' in metrics
+
+
+def test_the_reference_is_scored_by_the_main_head_alone():
+  _, batch, _, _ = _collect([[0, 1, 4, 2, 0, 0, 3, 4]], kl_coef=.1)
+  assert (batch.reference == -.7).all() and (batch.old_main == -.5).all()
+
+
+def test_rewards_are_those_of_the_first_draw():
+  actor = _actor([[0, 1, 4, 2, 0, 0, 3, 4], [2] * 8], dynamic_sampling=3)
+  got = experience.rewards(actor, None, 5)
+  assert actor.task.asked == [5]
+  np.testing.assert_array_equal(got.reshape(P, G).sum(1),
+                                [0, 1, 4, 2, 0, 0, 3, 4])
 
 
 def _groups(rows):

@@ -134,6 +134,22 @@ def test_swapped_concat_is_another_model(tiny):
   np.testing.assert_allclose(c, a, atol=1e-5)
 
 
+def test_a_bias_has_a_float32_gradient():
+  """Whatever the activations' dtype; summed in bfloat16 it is 1e-2 off."""
+  layer = transformer.Linear(3, use_bias=True, dtype=jnp.bfloat16)
+  x = np.ones((2 ** 15, 2), np.float32)
+  params = layer.init(jax.random.key(0), x)
+  params = {'params': {**params['params'], 'bias': np.full(3, .3, np.float32)}}
+  weight = jnp.asarray(np.random.default_rng(0).uniform(size=(2 ** 15, 3)),
+                       jnp.bfloat16)
+  y, back = jax.vjp(lambda p: layer.apply(p, x), params)
+  assert y.dtype == jnp.bfloat16
+  narrow = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), params)
+  np.testing.assert_array_equal(y, layer.apply(narrow, x))  # as sampled
+  np.testing.assert_allclose(back(weight)[0]['params']['bias'],
+                             np.asarray(weight, np.float64).sum(0), rtol=1e-5)
+
+
 @pytest.mark.parametrize('kind', ['sequential', 'parallel'])
 def test_only_a_sequential_module_sees_the_tokens_between(kind, tiny):
   net, params = _model(tiny(mtp=dict(kind=kind, modules=2)))

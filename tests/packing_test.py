@@ -267,7 +267,7 @@ def test_diagnosis_takes_prompts_apart():
 
 
 def test_auto_attention_takes_no_kernel_of_one_sequence(monkeypatch):
-  for kind, expected in (('cudnn', 'blocks'), ('splash', 'splash')):
+  for kind, expected in (('cudnn', 'blocks'), ('splash', 'auto')):
     monkeypatch.setattr(attention, 'resolve', lambda *_, kind=kind: kind)
     got = attention.for_segments(config_lib.Model(), 16, 128)
     assert got.attention == expected

@@ -86,8 +86,8 @@ def collect(run, functions, state, reference, updates, steps, repeats, note):
       walk = _walk(run, functions.actor, one, start, reference,
                    FRESH + i * max(updates), updates)
       for row, (_, params) in enumerate(walk):
-        out[i, row, column] = np.mean(experience.collect(
-            functions.actor, params, reference, FURTHER + i).rewards)
+        out[i, row, column] = np.mean(experience.rewards(
+            functions.actor, params, FURTHER + i))
       note()
   return out
 

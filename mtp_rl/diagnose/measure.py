@@ -204,7 +204,7 @@ def measure(state, first, batch, held_out, *, config: config_lib.Config,
   still = jnp.zeros((modules,))
   predicted = eta * tree.dot(g_rl, g_rl)
   ratio = occ.smoothness_ratio(
-      predicted, value(after(still), batch) - work.objective, predicted)
+      predicted, value(after(still), batch) - value(theta, batch), predicted)
   tracked = occ.track_smoothness(state.occ, ratio, decay=0.)
   seen = seen._replace(
       eta=eta, smoothness=tracked.smoothness,

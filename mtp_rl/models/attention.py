@@ -143,6 +143,13 @@ def without_kernels(model_config: config_lib.Model):
   return dataclasses.replace(model_config, attention=kind)
 
 
+def in_float32(model_config: config_lib.Model):
+  """Return a `config.Model` that computes in float32."""
+  kind = model_config.attention  # cudnn has 16-bit floats only
+  return dataclasses.replace(model_config, dtype='float32',
+                             attention='auto' if kind == 'cudnn' else kind)
+
+
 def for_segments(model_config: config_lib.Model, channels, columns):
   """Return a `config.Model` whose attention takes several segments a row.
 
@@ -152,8 +159,9 @@ def for_segments(model_config: config_lib.Model, channels, columns):
     columns: T.
   """
   kind = resolve(model_config.attention, channels, columns, model_config.dtype)
-  return dataclasses.replace(
-      model_config, attention='blocks' if kind == 'cudnn' else kind)
+  if kind != 'cudnn':  # 'auto' stays, as windowed layers have another answer
+    return model_config
+  return dataclasses.replace(model_config, attention='blocks')
 
 
 def attend(query, key, value, rows, kind='plain'):

@@ -81,7 +81,11 @@ class Linear(nn.Module):
       y = y + matmul(matmul(flat, a), b) * jnp.asarray(self.gain, self.dtype)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,))
-      y = y + bias.astype(self.dtype)
+      if jnp.dtype(self.dtype).itemsize < 4:  # the gradient in float32
+        kind = jnp.finfo(self.dtype)
+        rounded = jax.lax.reduce_precision(bias, kind.nexp, kind.nmant)
+        bias = bias + jax.lax.stop_gradient(rounded - bias)
+      y = (y + bias).astype(self.dtype)
     return y.reshape(*x.shape[:-1], self.features)
 
 

@@ -81,17 +81,18 @@ def group_advantages(rewards, group, kind):
   Raises:
     ValueError: kind is unknown, or rloo with a group of one.
   """
-  r = np.asarray(rewards, np.float32).reshape(-1, group)
+  # In float64 the mean of equal float32 rewards is each of them, exactly.
+  r = np.asarray(rewards, np.float32).reshape(-1, group).astype(np.float64)
   if kind == 'rloo':
     if group < 2:
       raise ValueError('rloo needs rl.group >= 2')
     others = (r.sum(1, keepdims=True) - r) / (group - 1)
-    return (r - others).reshape(-1)
+    return (r - others).reshape(-1).astype(np.float32)
   if kind not in ('grpo', 'dr_grpo'):
     raise ValueError(f'advantage {kind!r} is none of grpo, dr_grpo, rloo')
   if group == 1:
-    return r.reshape(-1)
+    return r.reshape(-1).astype(np.float32)
   centred = r - r.mean(1, keepdims=True)
   if kind == 'grpo':
-    centred = centred / (r.std(1, ddof=1, keepdims=True) + np.float32(1e-6))
-  return centred.reshape(-1)
+    centred = centred / (r.std(1, ddof=1, keepdims=True) + 1e-6)
+  return centred.reshape(-1).astype(np.float32)

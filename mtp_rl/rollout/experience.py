@@ -29,6 +29,7 @@ class Actor(NamedTuple):
       prompt.
     score: function (params, `types.Tokens`) -> `logprobs.LogProbs` of NumPy
       arrays.
+    score_main: the same of the main head alone.
     key: PRNG key of the stream; see `prng`.
   """
   config: config_lib.Config
@@ -36,6 +37,7 @@ class Actor(NamedTuple):
   place: Callable
   generate: Callable
   score: Callable
+  score_main: Callable
   key: jax.Array
 
 
@@ -176,6 +178,15 @@ def collect(actor: Actor, params, reference_params, step):
   return Rollout(batch, list(drawn.examples), drawn.rewards, metrics, old)
 
 
+def rewards(actor: Actor, params, step):
+  """Return the rewards of an RL step's first draw, float32 [B], unshaped.
+
+  Whatever rl.dynamic_sampling is: groups chosen for varied rewards would say
+  less of the policy. The arguments are those of `collect`.
+  """
+  return _draw(actor, actor.place(params), step, 0).rewards
+
+
 def _old(actor, params, rows, sampled):
   """Return the `logprobs.LogProbs` of the policy before the updates.
 
@@ -198,7 +209,7 @@ def _batch(actor, params, reference_params, drawn):
   main = old.main if config.rl.old_logprobs == 'scored' else drawn.sampled
   reference = main
   if reference_params is not None:
-    reference = actor.score(reference_params, rows).main
+    reference = actor.score_main(reference_params, rows).main
   mask = rows.valid[:, -config.rollout.max_response:]
   # Metrics use the raw rewards, advantages the ones with the penalty.
   shaping = advantages_lib.overlong_penalty(

@@ -168,6 +168,9 @@ def _may_change(config: config_lib.Config):
     free += ('rl.microbatches',)
   if not config.rollout.draft or config.rollout.verify == 'coupled':
     free += ('rollout.slots', 'rollout.draft_rows')  # the same tokens
+  elif config.rollout.slots and config.rollout.draft_rows:
+    # Each device begins to draft when its own slots are few.
+    free = tuple(n for n in free if not n.startswith(('mesh.', 'rollout.')))
   return free
 
 
