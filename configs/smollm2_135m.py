@@ -57,7 +57,7 @@ pilot. KL at .3 cost 14 points of reward, so lambda is a third of what it was
 elsewhere, save for the policy loss, which cost little in every setting; the
 first pair of commands, --seeds=3 and
 
-    A='occ,occ.estimator=affordable'
+    A='occ,occ.estimator=affordable,occ.disjoint_parts=3'
     --variants="detach:$F=detach;ce-.1:$F=fixed,mtp.theta_loss=ce,mtp.coef=.1;policy-.3:$F=fixed,mtp.coef=.3;tv-.3:$F=fixed,mtp.theta_loss=tv,mtp.coef=.3;kl-affordable:$F=$A,mtp.theta_loss=kl"
 
 - Hypothesis, measures and goal as in the first run.
