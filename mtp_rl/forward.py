@@ -40,19 +40,6 @@ def init(config: config_lib.Config, key):
   return net.init(key, example, jnp.ones_like(example, bool))['params']
 
 
-def split(x, microbatches):
-  """[B, ...] -> [M, B/M, ...], row r in microbatch r mod M (device-local)."""
-  x = x.reshape(x.shape[0] // microbatches, microbatches,
-                *x.shape[1:]).swapaxes(0, 1)
-  return sharding.constrain_batch(x, axis=1)
-
-
-def join(x):
-  """Undo `split`."""
-  x = x.swapaxes(0, 1)
-  return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-
-
 def _microbatched(function, microbatches):
   """Return function(params, *rows) that runs one microbatch at a time.
 
@@ -64,8 +51,8 @@ def _microbatched(function, microbatches):
 
   def run(params, *rows):
     out = jax.lax.map(lambda xs: one(params, *xs), jax.tree.map(
-        lambda x: split(x, microbatches), rows))
-    return jax.tree.map(join, out)
+        lambda x: sharding.split_rows(x, microbatches), rows))
+    return jax.tree.map(sharding.join_rows, out)
   return run
 
 
@@ -152,10 +139,7 @@ class Forward(NamedTuple):
 
 
 def _stages(config: config_lib.Config, entropy):
-  """Return the functions of the stages: trunk, main head, MTP modules.
-
-  The third returns a list of K `mtp_loss.Scores`, [B, S].
-  """
+  """Return the stages' functions: trunk, main head, MTP modules (K scores)."""
   net, divergence = network(config), mtp_loss.reads_teacher(config.mtp)
 
   def trunk(params, rows):

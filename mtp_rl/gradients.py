@@ -58,27 +58,6 @@ class Minibatch(NamedTuple):
   metrics: dict
 
 
-def _part(x, i, n, group):
-  """Return part i of n of x [B, ...]; prompt p belongs to part p mod n."""
-  if n == 1:
-    return x
-  return x.reshape(-1, n, group, *x.shape[1:])[:, i].reshape(-1, *x.shape[1:])
-
-
-def _parts(tree_, n, group):
-  """Return the list of n parts of a tree of arrays [B, ...]."""
-  return [jax.tree.map(lambda x, i=i: _part(x, i, n, group), tree_)
-          for i in range(n)]
-
-
-def _whole(parts, group):
-  """Undo `_parts` of one array."""
-  if len(parts) == 1:
-    return parts[0]
-  y = jnp.stack([x.reshape(-1, group, *x.shape[1:]) for x in parts], 1)
-  return y.reshape(-1, *parts[0].shape[1:])
-
-
 def disjoint_parts(config: config_lib.Config):
   """Return n, the number of parts that each minibatch is processed in."""
   measured = (config.mtp.regime == 'occ'
@@ -98,23 +77,24 @@ def score(params, batch, config: config_lib.Config):
     `Minibatch`.
   """
   n, group = disjoint_parts(config), config.rl.group
+  split = lambda x: tree.by_prompts(x, n, group)
+  join = lambda x: tree.rejoin(x, group)
   with_mtp = config.mtp.regime != 'rl_only'
   use_entropy = bool(config.rl.entropy_coef)
   parts = [forward.forward(params, rows, config=config, with_mtp=with_mtp,
                            entropy=use_entropy)
-           for rows in _parts(batch.rows, n, group)]
-  main = _whole([f.main for f in parts], group)
-  entropy = _whole([f.entropy for f in parts], group) if use_entropy else 0.
+           for rows in split(batch.rows)]
+  main = join([f.main for f in parts])
+  entropy = join([f.entropy for f in parts]) if use_entropy else 0.
   (loss, metrics), descent = jax.value_and_grad(
       policy.rl_loss, argnums=(0, 1), has_aux=True)(
           main, entropy, batch, config.rl, config.rollout.max_response)
   d_main, d_entropy = jax.tree.map(jnp.negative, descent)
-  d_entropies = _parts(d_entropy, n, group) if use_entropy else [None] * n
-  rl = [f.pull_main(d, e) for f, d, e in zip(
-      parts, _parts(d_main, n, group), d_entropies)]
+  d_entropies = split(d_entropy) if use_entropy else [None] * n
+  rl = [f.pull_main(*d) for f, *d in zip(parts, split(d_main), d_entropies)]
   mtp = mtp_mask = deltas = None
   if with_mtp:
-    mtp = jax.tree.map(lambda *x: _whole(x, group), *[f.mtp for f in parts])
+    mtp = jax.tree.map(lambda *x: join(x), *[f.mtp for f in parts])
     mtp_mask = logprobs.mtp_mask(batch.rows.attending, batch.mask.shape[1],
                                  config_lib.depths(config.mtp))
     mtp_mask &= batch.mask[..., None]  # packed rows: leave out prompts
@@ -150,8 +130,8 @@ def pull_mtp(work, weights, loss, row_scale=None, depths=slice(None)):
   def total(mtp):
     return -jnp.sum(weights * mtp_loss.losses(
         mtp, work.mtp_mask, work.batch, work.config, loss, row_scale))
-  d_mtp = _parts(jax.grad(total)(work.mtp), len(work.parts),
-                 work.config.rl.group)
+  d_mtp = tree.by_prompts(jax.grad(total)(work.mtp), len(work.parts),
+                          work.config.rl.group)
   pulled = [f.pull_mtp(d, depths) for f, d in zip(work.parts, d_mtp)]
   return Pull([b for b, _ in pulled], tree.total([psi for _, psi in pulled]))
 
@@ -200,7 +180,8 @@ def evidence(work, each, reads, **known):
     g = [tree.total(parts) for parts in by_module]
     stacked = jax.tree.map(
         lambda *x: sharding.constrain_batch(jnp.stack(x), axis=1),
-        *_parts(work.batch.rows, len(work.parts), work.config.rl.group))
+        *tree.by_prompts(work.batch.rows, len(work.parts),
+                         work.config.rl.group))
   if 'hessian' in reads:  # `curvature.hessian` also returns g_RL
     seen = [curvature.hessian(work, stacked, x) for x in g]
     out |= {'gradients': (seen[-1][0], g), 'hessian': [hg for _, hg in seen]}

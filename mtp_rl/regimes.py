@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from mtp_rl import config as config_lib
-from mtp_rl import estimators, forward, gradients, occ
+from mtp_rl import estimators, gradients, occ, sharding
 
 
 class Step(NamedTuple):
@@ -79,7 +79,7 @@ def occ_authors(work, state, step):
   config, (d_rl, d_mtp) = work.config, work.deltas
   m = config.rl.microbatches
   lam = occ.authors_coefficient(
-      forward.split(d_rl, m), forward.split(d_mtp, m),
+      sharding.split_rows(d_rl, m), sharding.split_rows(d_mtp, m),
       config.occ.lambda_plus, config.occ.eps)[:, 0]
   lam = jnp.clip(lam, config.occ.lambda_min, config.occ.lambda_max)
   mean = jnp.mean(lam)[None]

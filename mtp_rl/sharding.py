@@ -141,3 +141,16 @@ def constrain_batch(x, axis=0):
   entries = [None] * x.ndim
   entries[axis] = BATCH
   return constrain(x, *entries)
+
+
+def split_rows(x, microbatches):
+  """[B, ...] -> [M, B/M, ...], row r in microbatch r mod M (device-local)."""
+  x = x.reshape(x.shape[0] // microbatches, microbatches,
+                *x.shape[1:]).swapaxes(0, 1)
+  return constrain_batch(x, axis=1)
+
+
+def join_rows(x):
+  """Undo `split_rows`."""
+  x = x.swapaxes(0, 1)
+  return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

@@ -73,6 +73,27 @@ def cut(rows, parts):
           for i in range(parts)]
 
 
+def by_prompts(rows, parts, group):
+  """Return a tree of arrays [B, ...] as `parts` trees of B / parts rows each.
+
+  All `group` samples of a prompt are in one part, prompt p in part p mod parts.
+  """
+  def part(x, i):
+    if parts == 1:
+      return x
+    return x.reshape(-1, parts, group, *x.shape[1:])[:, i].reshape(
+        -1, *x.shape[1:])
+  return [jax.tree.map(lambda x, i=i: part(x, i), rows) for i in range(parts)]
+
+
+def rejoin(parts, group):
+  """Undo `by_prompts` of one array."""
+  if len(parts) == 1:
+    return parts[0]
+  y = jnp.stack([x.reshape(-1, group, *x.shape[1:]) for x in parts], 1)
+  return y.reshape(-1, *parts[0].shape[1:])
+
+
 def scope(theta, which):
   """Return the part of theta that `which` names.
 

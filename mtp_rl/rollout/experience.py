@@ -179,10 +179,9 @@ def collect(actor: Actor, params, reference_params, step):
 
 
 def rewards(actor: Actor, params, step):
-  """Return the rewards of an RL step's first draw, float32 [B], unshaped.
+  """Return the raw rewards of an RL step's first draw, float32 [B].
 
-  Whatever rl.dynamic_sampling is: groups chosen for varied rewards would say
-  less of the policy. The arguments are those of `collect`.
+  None is chosen by rl.dynamic_sampling. The arguments are those of `collect`.
   """
   return _draw(actor, actor.place(params), step, 0).rewards
 
