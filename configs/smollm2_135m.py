@@ -62,8 +62,8 @@ first pair of commands, --seeds=3 and
 
 - Hypothesis, measures and goal as in the first run.
 - Seeds 0 to 2, or those of which all five variants are complete after 60
-  minutes on two cores (150 without AVX-512); Holm within the table. Not run
-  yet.
+  minutes on two cores (150 without AVX-512); Holm within the table. Begun,
+  unread.
 """
 
 import dataclasses
