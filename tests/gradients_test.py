@@ -177,7 +177,8 @@ def _halves(modules):
 
 
 @pytest.mark.parametrize('estimator, parts, loss', [
-    ('exact', 1, 'tv_e2e'), conftest.long('preconditioned', 2, 'policy'),
+    ('exact', 1, 'policy'), ('exact', 1, 'tv_e2e'),
+    conftest.long('preconditioned', 2, 'policy'),
     ('cross_fitted', 2, 'kl'), ('curvature', 2, 'policy'), ('gac', 2, 'ce'),
     conftest.long('pcr', 2, 'policy'), conftest.long('affordable', 2, 'tv')])
 def test_exact_products_are_those_of_plain_gradients(estimator, parts, loss):
@@ -445,6 +446,24 @@ def test_l_eta_is_measured_in_float32():
           'cross_fitted', model=dict(dtype=dtype))))(
               batches.params(), batches.batch())
   assert value('bfloat16') == value('float32')
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_narrow_models_own_j_is_no_start_of_a_change(monkeypatch, dtype):
+  """J of the update's forward pass is as narrow as the model."""
+  monkeypatch.setattr(gradients, 'objective',
+                      lambda params, *_: -tree.dot(params, params))
+  config = batches.config('cross_fitted', model=dict(dtype=dtype))
+  at = lambda x: types.SimpleNamespace(params={'w': jnp.float32(x)},
+                                       occ=occ.initial_state(1))
+  found = [float(train_step._probe(
+      at(1.), at(.9), types.SimpleNamespace(
+          objective=jnp.float32(j), gradient={'w': jnp.float32(2.)},
+          g_rl={'w': jnp.float32(-2.)}), None, config).smoothness)
+      for j in (-1., 7.)]
+  # Predicted .2, achieved 1 - .81 = .19: L eta = 2 (.2 - .19) / .2 = .1.
+  np.testing.assert_allclose(found[0], .9 * .5 + .1 * .1, rtol=1e-5)
+  assert (found[0] == found[1]) == (dtype == 'bfloat16')
 
 
 def test_l_eta_is_measured_on_the_update_itself():

@@ -206,8 +206,8 @@ def token_logprobs(hidden, ahead, matrix, tokens, columns, **what):
 
 
 def by_depth(hidden, ahead, matrix, tokens, columns, *, chunk=0,
-                   temperature=1., detach_head=False, entropy=False,
-                   acceptance=False, divergence=False):
+             temperature=1., detach_head=False, entropy=False,
+             acceptance=False, divergence=False):
   """Score the last S columns under the main head and every MTP module.
 
   Args:
