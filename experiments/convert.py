@@ -68,6 +68,7 @@ def _write():
   from mtp_rl.models import lora, pretrained
   from mtp_rl.run import checkpoint, workdir
   config = config_io.load(os.path.join(launch.WORKDIR.value, 'config.json'))
+  config.task.allow_eval = True  # no answer is scored here
   run = workdir.reopen(config, launch.WORKDIR.value)
   where = workdir.existing_checkpoints(run, _PHASE.value)
   model = run.config.model

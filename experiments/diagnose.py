@@ -25,6 +25,9 @@ _PARTS = flags.DEFINE_integer(
     'default: occ.disjoint_parts.', lower_bound=1)
 _AHEAD = flags.DEFINE_list(
     'lookahead', [], 'Also measure lambda after so many updates, like 1,5,20.')
+_ALLOW_EVAL = flags.DEFINE_bool(
+    'allow_eval', False, 'Let scorers run answers as Python, as '
+    'task.allow_eval does in training.')
 _PROGRESS = flags.DEFINE_bool('progress', True, 'Show a bar.')
 
 
@@ -48,7 +51,7 @@ def main():
       launch.WORKDIR.value, _ROLLOUTS.value,
       [int(s) for s in _STEPS.value or ()] or None, _BOUND.value,
       _POINTS.value, _PARTS.value, list(map(int, _AHEAD.value)),
-      _PROGRESS.value)
+      _PROGRESS.value, _ALLOW_EVAL.value)
   print(f'{text}\nsee {directory}')
 
 

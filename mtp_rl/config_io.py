@@ -92,21 +92,28 @@ def read_json(path, fix):
   try:
     with open(path, encoding='utf-8') as f:
       return json.load(f)
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise ConfigError(f'{path} cannot be read ({e}); {fix}') from e
 
 
 def load(path):
-  """Read the config.json of a workdir; raises ConfigError with the fix."""
+  """Read the config.json of a workdir; raises ConfigError with the fix.
+
+  task.allow_eval is False: a workdir may come from elsewhere, so only the
+  command itself can allow what it allows.
+  """
   try:
     with open(path, encoding='utf-8') as f:
-      return from_dict(json.load(f))
+      config = from_dict(json.load(f))
+    config.task.allow_eval = False
+    return config
   except FileNotFoundError:
     raise ConfigError(f'{path} does not exist; name the workdir of a run of '
                       'experiments.train or experiments.pretrain') from None
   except ConfigError as e:
     raise ConfigError(f'{path} is of another version: {e}') from e
-  except (ValueError, AttributeError) as e:  # no UTF-8, no JSON, no dict
+  # No UTF-8, no JSON, no dict, or nested too deeply.
+  except (ValueError, AttributeError, RecursionError) as e:
     raise ConfigError(f'{path} is not a config written by this project: '
                       f'{e}') from e
 

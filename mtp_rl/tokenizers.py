@@ -212,7 +212,10 @@ def _compile(template):
   from jinja2 import sandbox
 
   class Environment(sandbox.ImmutableSandboxedEnvironment):
-    """Also refuses powers and repeated texts, which can fill the memory."""
+    """Also refuses powers and repeated texts.
+
+    It is no bound on memory or time: padding and loops can still fill it.
+    """
     intercepted_binops = frozenset({'*', '**'})
 
     def call_binop(self, context, operator, left, right):
@@ -266,7 +269,7 @@ def _read(folder, name, parse=_object):
       return parse(f.read())
   except FileNotFoundError:
     return {}
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise config_lib.ConfigError(f'{path} cannot be read: {e}') from e
 
 
@@ -287,19 +290,30 @@ def _from_folder(folder):
   listed = more.get('eos_token_id')
   eos = [inner.token_to_id(names.get('eos_token', ''))]
   eos += listed if isinstance(listed, list) else [listed]
-  eos = tuple(dict.fromkeys(i for i in eos if i is not None))
+  eos = tuple(i for i in eos if i is not None)
+  pad = inner.token_to_id(names.get('pad_token', ''))
+  if pad is None:
+    pad = more.get('pad_token_id')
+  for i in (*eos, *(() if pad is None else (pad,))):
+    if type(i) is not int:
+      raise config_lib.ConfigError(
+          f'{folder}/generation_config.json names the token {i!r}, which is '
+          'no integer; correct the file')
   if not eos:
     raise config_lib.ConfigError(
         f'{folder} names no token that ends a text; give eos_token in '
         'tokenizer_config.json or eos_token_id in generation_config.json')
-  pad = inner.token_to_id(names.get('pad_token', ''))
-  if pad is None:
-    pad = more.get('pad_token_id')
   template = (_read(folder, 'chat_template.jinja', str)
               or given.get('chat_template') or '')
   if isinstance(template, list):  # several templates by name
-    template = {t['name']: t['template'] for t in template}.get('default', '')
-  return SubwordTokenizer(text, Ends(eos[0] if pad is None else pad, eos),
+    template = next((t.get('template') for t in template if isinstance(
+        t, dict) and t.get('name') == 'default'), '')
+  if not isinstance(template, str):
+    raise config_lib.ConfigError(
+        f'{folder}/tokenizer_config.json has a chat_template that is no text; '
+        'correct the file')
+  return SubwordTokenizer(text, Ends(eos[0] if pad is None else pad,
+                                     tuple(dict.fromkeys(eos))),
                           template, names)
 
 
@@ -339,6 +353,11 @@ def _from_gguf(path):
          if f'{k}_token_id' in fields}
   if 'eos' not in ids:
     raise config_lib.ConfigError(f'{path} names no token that ends a text')
+  for name, i in ids.items():
+    if type(i) is not int or not 0 <= i < len(tokens):
+      raise config_lib.ConfigError(
+          f'{path} has {name}_token_id={i!r}, which is none of its '
+          f'{len(tokens)} tokens; choose another file')
   names = {f'{"pad" if k == "padding" else k}_token': tokens[i]
            for k, i in ids.items()}
   return SubwordTokenizer(

@@ -1,5 +1,6 @@
 """Settings: presets, round trip, and one sentence for each contradiction."""
 
+import json
 import math
 import re
 
@@ -7,12 +8,14 @@ import pytest
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io, validate
+from mtp_rl.evaluation import scoring
 from tests import conftest
 
 
 @pytest.mark.parametrize('sections, said', [
     (dict(mtp=dict(modules=0, regime='detach')), 'mtp.modules=0'),
     (dict(model=dict(rope_type='llama3')), 'model.rope_context=0'),
+    (dict(model=dict(rope_type='linear', rope_gain=1.5)), 'rope_gain=1.5'),
     (dict(model=dict(rope_type='llama3', rope_context=8, rope_low=4.)),
      'must be below model.rope_high'),
     (dict(model=dict(rope_type='yarn', rope_context=8, rope_theta=1.)),
@@ -138,10 +141,20 @@ def test_foreign_config_files_are_named(tmp_path):
     config_io.load(path)
   for text, said in (('{', 'not a config'), ('[]', 'not a config'),
                      ('{"nope": 1}', 'nope'), ('{"rl": {"x": 1}}', "'x'"),
-                     ('{"rl": 5}', "section 'rl'"), ('\xe9', 'not a config')):
+                     ('{"rl": 5}', "section 'rl'"), ('\xe9', 'not a config'),
+                     ('[' * 10 ** 5, 'not a config')):
     path.write_text(text, encoding='latin1')
     with pytest.raises(config_lib.ConfigError, match=said):
       config_io.load(path)
+
+
+def test_a_file_cannot_allow_that_answers_run(tmp_path):
+  path = tmp_path / 'config.json'
+  given = config_lib.Config(task=config_lib.Task(allow_eval=True))
+  path.write_text(json.dumps(config_io.to_dict(given)))
+  assert not config_io.load(path).task.allow_eval
+  scored = scoring.configure(config_io.load(path), 1, ['task.allow_eval=true'])
+  assert scored.task.allow_eval
 
 
 @pytest.mark.parametrize('old, new', config_io.RENAMED.items())

@@ -35,6 +35,12 @@ def test_it_says_what_a_run_takes_and_by_how_much_that_is_too_much(
     list(dry_run.lines(config))
 
 
+def test_with_slots_the_whole_loop_is_not_compiled():
+  config = conftest.tiny_config(rollout=dict(slots=8), mtp=dict(
+      regime='detach'))
+  assert dry_run.names(config) == ('update', 'prefill', 'window')
+
+
 def test_the_room_is_what_the_machine_has_free():
   mesh = dry_run.sharding.make_mesh(config_lib.Mesh())
   here = dry_run.room(mesh)

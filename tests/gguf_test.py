@@ -43,7 +43,7 @@ def _neighbours(x, heads):
   return out
 
 
-def _write(path, m, arch, kinds, extra=()):
+def _write(path, m, arch, kinds, extra=(), more=()):
   """Write a GGUF of seeded weights; return the weights as it holds them."""
   mtp = config_lib.MTP(modules=0)
   writer = gguf.GGUFWriter(str(path), arch)
@@ -54,6 +54,9 @@ def _write(path, m, arch, kinds, extra=()):
   writer.add_head_count_kv(m.n_kv_heads)
   writer.add_rope_freq_base(m.rope_theta)
   writer.add_layer_norm_rms_eps(m.norm_eps)
+  for name, value in more:
+    add = {str: writer.add_string, float: writer.add_float32}[type(value)]
+    add(f'{arch}.{name}', value)
   out = {}
   for i, (name, x) in enumerate(published.weights(m, mtp).items()):
     kind = kinds[i % len(kinds)]
@@ -106,6 +109,13 @@ def test_a_wrong_gguf_is_named(tmp_path):
   refused(_write(tmp_path / 'a.gguf', m, 'llama', kinds,
                  ('rope_freqs.weight',))[0], 'unknown: rope_freqs.weight')
   refused(_write(tmp_path / 'b.gguf', m, 'gpt2', kinds)[0], "'gpt2'")
+  for i, (key, value, said) in enumerate([
+      ('rope.scale_linear', 4., 'scales'),
+      ('rope.scaling.factor', 2., 'scales'),
+      ('rope.scaling.type', 'yarn', 'scales'),
+      ('attention.key_length', 'x', "key_length='x', which must be a posi")]):
+    refused(_write(tmp_path / f'{i}.gguf', m, 'llama', kinds,
+                   more=[(key, value)])[0], said)
   (tmp_path / 'c.gguf').write_bytes(b'no such thing')
   refused(str(tmp_path / 'c.gguf'), 'no readable GGUF')
 

@@ -33,6 +33,15 @@ def test_a_loop_counts_as_often_as_it_runs():
   assert _summary(twice, x, w).flops == 3 * forward
 
 
+def test_of_a_conditional_the_dearest_branch_counts():
+  x, w = jnp.ones((N, D)), jnp.ones((LAYERS, D, D))
+  branches = [lambda x: x, lambda x: _layers(x, w[:3]),
+              lambda x: _layers(x, w), lambda x: x @ w[0]]
+  f = lambda i, x: jax.lax.switch(i, branches, x) @ w[0]
+  got = _summary(f, jnp.int32(1), x)
+  assert got.flops == 2 * N * D * D * (LAYERS + 1)
+
+
 def test_batched_matmuls():
   a, b = jnp.ones((3, N, D)), jnp.ones((3, D, 7))
   assert _summary(jnp.matmul, a, b).flops == 2 * 3 * N * D * 7

@@ -1,5 +1,6 @@
 """Published weights: what they compute, and the way there and back."""
 
+import collections
 import dataclasses
 import pathlib
 import tracemalloc
@@ -11,7 +12,7 @@ from safetensors import numpy as safe
 
 from mtp_rl import config as config_lib
 from mtp_rl import sharding, tree
-from mtp_rl.models import config_keys, presets, pretrained
+from mtp_rl.models import config_keys, presets, pretrained, sources
 from tests import published, reference
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / 'golden' / 'logits.npz')
@@ -175,6 +176,8 @@ def test_a_copy_that_differs_is_refused(tmp_path):
     (dict(rope_scaling={'type': 'linear', 'factor': 2.},
           rope_parameters={'rope_type': 'default'}), 'but rope_parameters'),
     (dict(scale_depth=1.4), 'does not know'),
+    (dict(model_type=['llama']), "model_type=\\['llama'\\]"),
+    (dict(num_hidden_layers=10 ** 9), 'from 1 to 10000'),
     (dict(num_attention_heads=8), r'model.n_heads \(4, 8\)'),
     (dict(intermediate_size='40'), "d_ff the value '40'"),
     (dict(rms_norm_eps=None), 'norm_eps the value None'),
@@ -207,6 +210,14 @@ def test_a_damaged_folder_is_named(damage, said, tmp_path):
     pretrained.check(path, m, mtp)
   with pytest.raises(config_lib.ConfigError, match='model.pretrained'):
     pretrained.check(path + '/nothing', m, mtp)
+
+
+def test_integers_are_no_weights(tmp_path):
+  m, mtp, tensors, _ = _folder('llama', tmp_path)
+  whole = {k: v.astype(np.int32) for k, v in tensors.items()}
+  path = published.write(tmp_path / 'i', m, mtp, whole)
+  with pytest.raises(config_lib.ConfigError, match='as I32, but only F32'):
+    pretrained.check(path, m, mtp)
 
 
 def test_bfloat16_weights_are_read_exactly(tmp_path):
@@ -292,7 +303,7 @@ def test_a_bfloat16_export_keeps_the_routers_in_float32(tmp_path):
   assert sum('e_score_correction_bias' in n for n in written) == 3
 
 
-def test_each_device_reads_its_own_shards(tmp_path):
+def test_each_device_reads_its_own_shards(tmp_path, monkeypatch):
   m, mtp, _, path = _folder('glm4_moe', tmp_path)
   _, abstract = published.network(m, mtp)
   whole = pretrained.load(path, abstract, m, mtp)
@@ -300,7 +311,17 @@ def test_each_device_reads_its_own_shards(tmp_path):
   sharded = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       abstract, sharding.tree_shardings(abstract, mesh))
+  reads = collections.Counter()
+  one = sources.Folder.read
+
+  def counted(source, name, slices):
+    reads[name] += 1
+    assert list(reads)[-1] == name  # all parts of a tensor, then the next
+    return one(source, name, slices)
+
+  monkeypatch.setattr(sources.Folder, 'read', counted)
   params = pretrained.load(path, sharded, m, mtp)
+  assert max(reads.values()) > 1
   jax.tree.map(np.testing.assert_array_equal, params, whole)
   gate = params['blocks']['layers']['experts']['gate']['kernel']
   assert gate.shape == (2, 8, 24, 12)

@@ -96,6 +96,11 @@ def test_the_table_by_hand():
                                  '| mean | 75.0 |']
 
 
+def test_names_of_sets_may_have_slashes():
+  got = scoring.table({'val/x/aime24/greedy': (.5, .25, .75)})
+  assert '| x/aime24 | 50.0 [25.0, 75.0] |' in got
+
+
 def test_k_is_32_for_math_and_settings_are_checked():
   config = conftest.tiny_config()
   assert scoring.configure(config, None, []).eval.samples == 16

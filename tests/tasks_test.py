@@ -109,6 +109,10 @@ def test_reasoning_gym_splits_by_question_and_scores_strictly():
     (dict(options='[1]'), 'no JSON object'),
     (dict(dataset='countdown'), 'task.allow_eval=true'),
     (dict(dataset='spiral_matrix'), 'task.allow_eval=true'),
+    (dict(dataset='composite', options='{"datasets": 1}'), 'cannot make'),
+    (dict(dataset='complex_arithmetic', options='{}'), "score to 'nan'"),
+    (dict(dataset='game_of_life_halting', options='{}'), "score to '"),
+    (dict(dataset='coin_flip', options='{}'), 'the beginning of an answer'),
     (dict(size=1), 'raise task.size|is empty')])
 def test_impossible_reasoning_gym_is_named(options, said):
   with pytest.raises(config_lib.ConfigError, match=said):

@@ -143,7 +143,11 @@ def test_templates_of_their_own_file_and_by_name(tmp_path):
     (dict(tokenizer_config={}), 'names no token that ends'),
     (dict(tokenizer_config=[1]), 'no JSON object'),
     (dict(tokenizer_config={'eos_token': {'text': 'x'}}), 'names no token'),
-    (dict(generation_config={'eos_token_id': 999}), 'cannot end by')])
+    (dict(generation_config={'eos_token_id': 999}), 'cannot end by'),
+    (dict(generation_config={'eos_token_id': ['x']}), "token 'x', which is no"),
+    (dict(generation_config={'pad_token_id': [1]}), r'token \[1\], which'),
+    (dict(tokenizer_config={'eos_token': '<|end|>', 'chat_template': 5}),
+     'chat_template that is no text')])
 def test_damaged_folders_are_named(files, said, tmp_path):
   with pytest.raises(config_lib.ConfigError, match=said):
     tokenizers.load(write_folder(tmp_path / 'x', **files))

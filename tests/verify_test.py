@@ -104,6 +104,15 @@ def test_damage_and_no_workdir_end_with_a_sentence(made, tmp_path):
   code, out, err = _verify(tmp_path / 'run')
   assert code == 2 and 'DAMAGED' in out
   assert 'is damaged in checkpoints/rl/4, summary.json' in err
+  rows = tmp_path / 'run' / 'metrics.jsonl'
+  for step, said in ('true', 'line 6 is no row'), (10 ** 18, 'step 5 is mis'):
+    rows.write_text((made / 'metrics.jsonl').read_text()
+                    + f'{{"step": {step}}}\n')
+    (tmp_path / 'run' / 'summary.json').write_text('[' * 10 ** 5)
+    found = [f'{i.name}: {i.found}' for i in
+             inventory.inspect(tmp_path / 'run')]
+    assert f'metrics.jsonl: {said}' in ' '.join(found), found
+    assert 'summary.json: cannot be read (RecursionError' in ' '.join(found)
   with pytest.raises(config_lib.ConfigError, match='has no config.json'):
     inventory.inspect(tmp_path)
 

@@ -22,7 +22,8 @@ class Need(NamedTuple):
   """What a program needs, in bytes of one device.
 
   Attributes:
-    name: 'update', 'hold' (an update that keeps lambda) or 'rollout'.
+    name: 'update', 'hold' (an update that keeps lambda), 'rollout', or with
+      rollout.slots 'prefill' and 'window'.
     seconds: of compilation.
     peak: everything on the device while it runs, state included.
     state: parameters and optimiser state.
@@ -79,15 +80,21 @@ def _resolved(config: config_lib.Config):
     task.close()
 
 
+def names(config: config_lib.Config):
+  """Return the names of the programs that a run spends its time in."""
+  hold = ('hold',) if regimes.holds(config) else ()
+  sampling = ('prefill', 'window') if config.rollout.slots else ('rollout',)
+  return 'update', *hold, *sampling
+
+
 def needs(config: config_lib.Config, mesh):
-  """Compile the updates and a rollout; yield a `Need` each.
+  """Compile the updates and the sampler; yield a `Need` each.
 
   Args:
     config: `config.Config`, its vocabulary resolved.
     mesh: the device mesh of training.
   """
-  hold = ('hold',) if regimes.holds(config) else ()
-  for name in ('update', *hold, 'rollout'):
+  for name in names(config):
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
       lowered, _, _, beside = programs.program(name, config, mesh)

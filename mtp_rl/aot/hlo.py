@@ -110,16 +110,37 @@ def trips(computations, loop, condition):
   return max(numbers, default=1) or 1
 
 
-def counts(computations, entry):
-  """Return {computation: how often it runs}; callees come first in the text."""
+def _calls(computations, instruction, flops):
+  """Return [(computation, how often)] that an instruction calls."""
+  roles = called(instruction)
+  if instruction.opcode == 'conditional':
+    dearest = max(range(len(roles)), key=lambda i: flops.get(roles[i][1], 0.))
+    return [(name, int(i == dearest)) for i, (_, name) in enumerate(roles)]
+  times = max((trips(computations, instruction, other)
+               for role, other in roles if role == 'condition'), default=1)
+  return [(name, times) for _, name in roles]
+
+
+def counts(computations, entry, flops):
+  """Return {computation: how often it runs}; callees come first in the text.
+
+  Of a conditional only the branch with most FLOPs runs; the others are there
+  with 0.
+
+  Args:
+    computations: see `parse`.
+    entry: name of the entry.
+    flops: {computation: FLOPs of its own instructions}.
+  """
+  flops, calls = dict(flops), {}
+  for name, instructions in computations.items():
+    calls[name] = [call for i in instructions
+                   for call in _calls(computations, i, flops)]
+    flops[name] += sum(n * flops.get(other, 0.) for other, n in calls[name])
   out = collections.Counter({entry: 1})
   for name in reversed(computations):
-    for i in computations[name]:
-      roles = called(i)
-      times = max((trips(computations, i, other) for role, other in roles
-                   if role == 'condition'), default=1)
-      for _, other in roles:
-        out[other] += out[name] * times
+    for other, n in calls[name] if name in out else ():
+      out[other] += out[name] * n
   return out
 
 
@@ -262,19 +283,23 @@ def summarise(text, vocabularies=frozenset(), parameters=frozenset()):
     parameters: `folded` shapes of parameters, their gradients and copies.
   """
   computations, entry = parse(text)
-  times = counts(computations, entry)
+  own = dict.fromkeys(computations, 0.)
+  for name, instructions in computations.items():
+    types = {i.name: i.type for i in instructions}
+    own[name] = sum(_FLOPS[i.opcode](i, _operands(i, types))
+                    for i in instructions if i.opcode in _FLOPS)
+  times = counts(computations, entry, own)
   fused = {name for instructions in computations.values()
            for i in instructions if i.opcode in ('fusion', 'reduce', 'scatter')
            for _, name in called(i)}
-  flops, collectives = 0., collections.Counter()
+  flops = sum(times[name] * n for name, n in own.items())
+  collectives = collections.Counter()
   largest, vocabulary = (0, '', ''), None
   for name, instructions in computations.items():
-    if not times[name]:
+    if name not in times:
       continue
     types = {i.name: i.type for i in instructions}
     for i in instructions:
-      if i.opcode in _FLOPS:
-        flops += times[name] * _FLOPS[i.opcode](i, _operands(i, types))
       kind, bytes_ = _collective(i, name, types)
       if kind:
         collectives[kind] += times[name] * bytes_

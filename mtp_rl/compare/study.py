@@ -77,7 +77,7 @@ def _check(study: Study, config: config_lib.Config, workdir):
   found = os.path.join(workdir, 'config.json')
   if not os.path.exists(found):
     return
-  same = ['run.progress']
+  same = ['run.progress', 'task.allow_eval']
   if config.warmup.init == study.path('warmup', config.seed):
     same.append('warmup.init')
   changed = [n for n in config_io.differences(config, config_io.load(found))
@@ -102,6 +102,8 @@ def _job(study: Study, name, seed, module, config: config_lib.Config, complete,
   command = [sys.executable, '-m', f'experiments.{module}',
              f'--config={_ROOT}/configs/from_json.py:{path}',
              f'--workdir={workdir}']
+  if config.task.allow_eval:  # no file can allow it
+    command.append('--config.task.allow_eval=true')
   return jobs.Job(f'{name}/seed_{seed}', command,
                   os.path.join(workdir, 'log.txt'), complete, after)
 

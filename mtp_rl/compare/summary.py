@@ -110,7 +110,7 @@ def is_complete(workdir):
   try:
     with open(os.path.join(workdir, 'summary.json'), encoding='utf-8') as f:
       return json.load(f)['status'] == 'complete'
-  except (OSError, ValueError, KeyError, TypeError):
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
     return False
 
 

@@ -96,6 +96,7 @@ def collect(run: workdir_lib.Run, config: config_lib.Config, steps, rollouts,
     progress: whether to show a bar.
   """
   with jax.set_mesh(run.mesh), contextlib.closing(run.task):
+    workdir_lib.start(run.task)
     functions = trainer.prepare(run)
     abstract = functions.steps.abstract
     reference = _reference(run)
@@ -153,7 +154,8 @@ def _write(directory, text, report):
 
 
 def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
-             disjoint_parts=None, updates=(), progress=False):
+             disjoint_parts=None, updates=(), progress=False,
+             allow_eval=False):
   """Diagnose the checkpoints of a run; return the report and its directory.
 
   Args:
@@ -165,11 +167,13 @@ def diagnose(workdir, rollouts=8, steps=None, bound=1., points=17,
     disjoint_parts: see `measure.measuring_config`.
     updates: see `look_ahead`; none: leave it out.
     progress: whether to show a bar.
+    allow_eval: as task.allow_eval, which the workdir cannot set.
 
   Raises:
     config.ConfigError: one sentence on what is wrong and how to fix it.
   """
   own = config_io.load(os.path.join(workdir, 'config.json'))
+  own.task.allow_eval = allow_eval
   config = measure.measuring_config(own, bound, disjoint_parts)
   validate.validate(config)
   if updates:

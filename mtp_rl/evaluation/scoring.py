@@ -152,6 +152,7 @@ def score_checkpoint(workdir, phase, step, samples, settings=()):
   where = workdir_lib.existing_checkpoints(run, phase)
   with jax.set_mesh(run.mesh), contextlib.closing(run.task):
     saved = checkpoint.Checkpoints(where, config.run.keep)
+    workdir_lib.start(run.task)
     functions = trainer.prepare(run)
     step = saved.latest() if step is None else step
     params = saved.restore(functions.steps.abstract, step, params_only=True)
@@ -192,7 +193,8 @@ def table(values):
   Values are percent with their 95 % interval. If there are several sets, the
   last row is the mean over sets, as in the paper.
   """
-  names = [k.split('/')[1:] for k in values]
+  # The name of a set may have slashes of its own.
+  names = [k.split('/', 1)[1].rsplit('/', 1) for k in values]
   sets = list(dict.fromkeys(n for n, _ in names))
   columns = list(dict.fromkeys(c for _, c in names))
   show = lambda v: (f'{100 * v[0]:.1f} [{100 * v[1]:.1f}, {100 * v[2]:.1f}]')

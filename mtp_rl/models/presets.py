@@ -65,6 +65,7 @@ _ARCHITECTURES = {'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
                   'qwen3': 'Qwen3ForCausalLM', 'mimo': 'MiMoForCausalLM',
                   'glm4_moe': 'Glm4MoeForCausalLM',
                   'qwen3_moe': 'Qwen3MoeForCausalLM'}
+_MOST_LAYERS = 10_000  # beyond that a config.json is damaged
 
 
 def model(name):
@@ -175,7 +176,7 @@ def _renewed(original, mtp, found, dtype):
 
 def _kind(values):
   kind = values.get('model_type')
-  if kind not in _ARCHITECTURES:
+  if not isinstance(kind, str) or kind not in _ARCHITECTURES:
     raise config_lib.ConfigError(
         f'config.json has model_type={kind!r}, but only '
         f'{", ".join(_ARCHITECTURES)} can be read')
@@ -220,6 +221,10 @@ def from_hf(values, layout=''):
     raise config_lib.ConfigError(
         f'config.json gives a size that cannot be used ({e}); correct the file'
         ) from e
+  layers = fields['n_layers']
+  if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
+    config_keys.refuse('num_hidden_layers', layers, 'which must be an integer '
+                       f'from 1 to {_MOST_LAYERS}')
   fields |= {'rotary': .5 if kind == 'glm4_moe' else 1., **rope.read(values)}
   if kind != 'glm4_moe' and fields['rotary'] != 1:
     config_keys.refuse('partial_rotary_factor', fields['rotary'])

@@ -180,21 +180,22 @@ def _check_copies(path, source, m, mtp, rows=4096):
 
 
 def _array(source, leaf, grid, transposed):
-  """Return one parameter, assembled shard by shard."""
-  def read(index):
-    ranges = [range(n)[s] for s, n in zip(index, leaf.shape)]
-    out = np.empty([len(r) for r in ranges], np.float32)
-    piece = tuple(slice(r.start, r.stop) for r in ranges[grid.ndim:])
-    piece = piece[::-1] if transposed else piece
-    for place in np.ndindex(out.shape[:grid.ndim]):
-      at = tuple(r[i] for r, i in zip(ranges, place))
-      x = source.read(grid[at], piece)
-      out[place] = x.T if transposed else x
-    return out
-
+  """Return one parameter; each tensor fills its part of all shards here."""
+  places = lambda index: tuple(range(n)[s] for s, n in zip(index, leaf.shape))
+  shards = {places(index): None for index in
+            leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+  for ranges in shards:
+    shards[ranges] = np.empty([len(r) for r in ranges], np.float32)
+  for at in np.ndindex(grid.shape):
+    for ranges, out in shards.items():
+      if all(i in r for i, r in zip(at, ranges)):
+        piece = tuple(slice(r.start, r.stop) for r in ranges[grid.ndim:])
+        x = source.read(grid[at], piece[::-1] if transposed else piece)
+        out[tuple(i - r.start for i, r in zip(at, ranges))] = (
+            x.T if transposed else x)
   # Wait, so that this parameter's buffers are freed before the next is read.
-  return jax.block_until_ready(
-      jax.make_array_from_callback(leaf.shape, leaf.sharding, read))
+  return jax.block_until_ready(jax.make_array_from_callback(
+      leaf.shape, leaf.sharding, lambda index: shards[places(index)]))
 
 
 def _held_layout(source, m):

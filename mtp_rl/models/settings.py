@@ -42,6 +42,9 @@ def _check_attention(m: config_lib.Model):
     need(m.rope_type != 'default' or getattr(m, field) == getattr(
        plain, field), f'model.{field}={getattr(m, field)} stretches RoPE, but '
          'model.rope_type=default; set model.rope_type')
+  need(m.rope_type == 'yarn' or m.rope_gain == plain.rope_gain,
+       f'model.rope_gain={m.rope_gain} is of model.rope_type=yarn alone; set '
+       'that type, or leave the gain out')
   marks = m.window_layers
   need(not marks or m.window, f'model.window_layers={marks} needs a window, '
        'but model.window=0; set model.window')

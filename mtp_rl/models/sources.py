@@ -13,6 +13,7 @@ import numpy as np
 from mtp_rl import config as config_lib
 
 INDEX = 'model.safetensors.index.json'
+_FLOATS = 'F32', 'F16', 'BF16', 'F64'
 
 
 def package(name):
@@ -39,7 +40,7 @@ def _json(path):
   try:
     with open(path, encoding='utf-8') as f:
       values = json.load(f)
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise config_lib.ConfigError(
         f'{path} cannot be read ({e}); name a complete folder') from e
   if not isinstance(values, dict):
@@ -73,7 +74,12 @@ class Folder:
             f'{file} cannot be read ({e}); name a complete folder of '
             'safetensors files') from e
       for key in handle.keys():  # noqa: SIM118 a handle is no dict
-        self.shapes[key] = tuple(handle.get_slice(key).get_shape())
+        piece = handle.get_slice(key)
+        if piece.get_dtype() not in _FLOATS:
+          raise config_lib.ConfigError(
+              f'{file} holds {key} as {piece.get_dtype()}, but only '
+              f'{", ".join(_FLOATS)} can be read; convert it')
+        self.shapes[key] = tuple(piece.get_shape())
         self._handles[key] = handle
 
   def read(self, name, slices):
@@ -111,6 +117,15 @@ def _from_gguf(name):
   return name
 
 
+def _positive(path, key, value, kind):
+  """Refuse a field that is no positive int, or no positive number."""
+  kinds = (int,) if kind is int else (int, float)
+  if type(value) not in kinds or not value > 0:
+    raise config_lib.ConfigError(
+        f'{path} has {key}={value!r}, which must be a positive '
+        f'{kind.__name__}; choose another file')
+
+
 class Gguf:
   """A GGUF file of a dense Llama, Qwen2 or Qwen3, dequantised as it is read.
 
@@ -129,10 +144,10 @@ class Gguf:
       reader = gguf.GGUFReader(path)
       fields = {k: f.contents() for k, f in reader.fields.items()
                 if not k.startswith('tokenizer.') or k in _GGUF_IDS.values()}
-    except (ValueError, IndexError, OSError) as e:
-      raise config_lib.ConfigError(f'{path} is no readable GGUF file ({e})'
-                                   ) from e
-    self._dequantize = gguf.quants.dequantize
+    except Exception as e:  # the reader fails in many ways on a damaged file
+      raise config_lib.ConfigError(f'{path} is no readable GGUF file '
+                                   f'({type(e).__name__}: {e})') from e
+    self._path, self._dequantize = path, gguf.quants.dequantize
     self._tensors = {_from_gguf(t.name): t for t in reader.tensors}
     self.shapes = {name: tuple(int(n) for n in t.shape[::-1])
                    for name, t in self._tensors.items()}
@@ -156,10 +171,22 @@ class Gguf:
     except KeyError as e:
       raise config_lib.ConfigError(
           f'{path} has no {e}; choose a complete file') from e
+    for key, value in values.items():
+      _positive(path, key, value, float if key == 'rms_norm_eps' else int)
     heads = values['num_attention_heads']
     channels = get('attention.key_length', values['hidden_size'] // heads)
-    scaling = get('rope.scaling.type', 'none')
-    if scaling != 'none' or get('rope.dimension_count', channels) != channels:
+    groups = get('attention.head_count_kv', heads)
+    theta = get('rope.freq_base', 10000.)
+    for key, value, kind in (('key_length', channels, int),
+                             ('head_count_kv', groups, int),
+                             ('freq_base', theta, float)):
+      _positive(path, key, value, kind)
+    scaling = get('rope.scaling.type')
+    # Without a type llama.cpp takes it to be linear.
+    stretched = scaling not in (None, 'none') or (scaling is None and any(
+        get(f'rope.{key}', 1) not in (0, 1) for key in (
+            'scaling.factor', 'scaling.attn_factor', 'scale_linear')))
+    if stretched or get('rope.dimension_count', channels) != channels:
       raise config_lib.ConfigError(
           f'{path} scales or shortens its rotary positions, which is not '
           'supported for GGUF files; choose another file')
@@ -167,18 +194,22 @@ class Gguf:
         ours: fields.get(theirs) for ours, theirs in _GGUF_IDS.items()}
     return values | {k: v for k, v in beside.items() if v is not None} | {
         'model_type': self._kind, 'head_dim': channels,
-        'num_key_value_heads': get('attention.head_count_kv', heads),
-        'rope_theta': float(get('rope.freq_base', 10000.)),
+        'num_key_value_heads': groups, 'rope_theta': float(theta),
         'tie_word_embeddings': 'lm_head.weight' not in self.shapes}
 
   def _dequantized(self, name):
     tensor = self._tensors[name]
-    x = self._dequantize(tensor.data, tensor.tensor_type)
-    x = np.asarray(x, np.float32).reshape(self.shapes[name])
-    heads = self._heads.get(name.split('.')[-2])
-    if self._kind == 'llama' and heads:
-      y = x.reshape(heads, -1, 2, *x.shape[1:])
-      x = y.swapaxes(1, 2).reshape(x.shape)
+    try:
+      x = self._dequantize(tensor.data, tensor.tensor_type)
+      x = np.asarray(x, np.float32).reshape(self.shapes[name])
+      heads = self._heads.get(name.split('.')[-2])
+      if self._kind == 'llama' and heads:
+        y = x.reshape(heads, -1, 2, *x.shape[1:])
+        x = y.swapaxes(1, 2).reshape(x.shape)
+    except (ValueError, NotImplementedError) as e:
+      raise config_lib.ConfigError(
+          f'{self._path}: {name} cannot be read ({e}); choose a file of '
+          'another quantisation') from e
     return x
 
   def read(self, name, slices):

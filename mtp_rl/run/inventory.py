@@ -93,7 +93,8 @@ def _tokenizer(values):
 def _json(workdir, name, describe=lambda values: 'JSON'):
   try:
     return Item(name, True, describe(_load(workdir, name)))
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError,
+          RecursionError) as e:
     return Item(name, False, f'cannot be read ({type(e).__name__}: {e})')
 
 
@@ -103,7 +104,7 @@ def _step(line):
     step = json.loads(line.decode())['step']
   except (ValueError, KeyError, TypeError, RecursionError):
     return None
-  return step if isinstance(step, int) else None
+  return step if type(step) is int else None  # True is an int too
 
 
 def _rows(workdir, name):
@@ -118,7 +119,8 @@ def _rows(workdir, name):
   if not steps:
     return Item(name, True, f'no row{cut}'), []
   falls = [b for a, b in itertools.pairwise(steps) if b < a]
-  missing = sorted(set(range(steps[-1])) - set(steps))
+  # The first that is missing; a damaged row may give any number as its step.
+  missing = [a + 1 for a, b in itertools.pairwise([-1, *steps]) if b > a + 1]
   twice = [b for a, b in itertools.pairwise(steps) if a == b]
   if falls:
     return Item(name, False, f'step {falls[0]} comes after a later one'), steps
@@ -169,7 +171,7 @@ def _summary(workdir):
   try:
     values = _load(workdir, 'summary.json')
     status, step, steps = (values[k] for k in ('status', 'step', 'steps'))
-  except (OSError, ValueError, KeyError, TypeError) as e:
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
     return Item('summary.json', False,
                 f'cannot be read ({type(e).__name__}: {e})'), None
   return (Item('summary.json', True, f'{status} at step {step} of {steps}'),

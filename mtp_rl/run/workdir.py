@@ -33,7 +33,7 @@ _PUBLISHED = 'published.json'
 # `_may_change` adds those that some settings tie to the result.
 _BOOKKEEPING = ('eval.every', 'run.checkpoint_every', 'run.keep',
                 'run.progress', 'run.loggers', 'run.hang_minutes',
-                'run.strict')
+                'run.strict', 'task.allow_eval')
 _LAYOUT = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.expert',
            'rollout.tensor', 'rollout.expert', 'model.remat',
            'model.head_chunk', 'task.processes')
@@ -102,8 +102,7 @@ def setup(config: config_lib.Config, workdir):
     _check_lengths(config, task)
     run = _run(config, workdir, task, mesh)
     published = _check_pretrained(run)
-    if hasattr(task, 'start'):
-      task.start()
+    start(task)
   report = getattr(task, 'report', None)
   data = os.path.join(workdir, 'data.json')
   with distributed.together():
@@ -144,6 +143,12 @@ def reopen(config: config_lib.Config, workdir):
   with distributed.together():
     task.tokenizer = load_tokenizer(workdir)
   return _run(config, workdir, task, mesh)
+
+
+def start(task):
+  """Start a task's verifier processes, if any; raises config.ConfigError."""
+  if hasattr(task, 'start'):
+    task.start()
 
 
 def existing_checkpoints(run: Run, phase):
@@ -274,15 +279,23 @@ def published_config(workdir):
   path = os.path.join(workdir, _PUBLISHED)
   if not os.path.exists(path):
     return None
-  return config_io.read_json(path, 'remove it to write a new config.json '
-                             'without the original entries')
+  fix = 'remove it to write a new config.json without the original entries'
+  return _object(path, config_io.read_json(path, fix), fix)
+
+
+def _object(path, values, fix):
+  """Return a dict of a JSON file; raises ConfigError if it is none."""
+  if not isinstance(values, dict):
+    raise config_lib.ConfigError(f'{path} is not what a run writes; {fix}')
+  return values
 
 
 def _same_data(path, report):
   """Raise ConfigError if data files have changed since the run began."""
   if os.path.exists(path):
-    before = config_io.read_json(
-        path, 'remove it where the data is that of the run')['sha256']
+    fix = 'remove it where the data is that of the run'
+    found = _object(path, config_io.read_json(path, fix), fix)
+    before = _object(path, found.get('sha256'), fix)
     changed = [n for n in before if before[n] != report['sha256'].get(n)]
     if changed:
       raise config_lib.ConfigError(
@@ -307,6 +320,6 @@ def load_tokenizer(workdir):
   try:
     with open(path, encoding='utf-8') as f:
       return tokenizers.from_dict(json.load(f))
-  except (OSError, ValueError, KeyError, TypeError) as e:
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
     raise config_lib.ConfigError(
         f'{path} cannot be read ({e}); name the workdir of a run') from e

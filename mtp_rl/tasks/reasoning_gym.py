@@ -7,11 +7,13 @@ so they run in worker processes with limits on time and memory; those that would
 run it as Python are refused unless task.allow_eval is set.
 """
 
+import contextlib
 import difflib
 import inspect
 import json
 import re
 import sys
+import warnings
 import zlib
 
 import numpy as np
@@ -24,6 +26,9 @@ HELD_OUT_SHARE = 8  # one question in 8, by checksum, is never trained on
 _TRAIN, _SUPERVISED = range(2)
 # Functions that run text as Python, sympy's as well.
 _EVALUATES = re.compile(r'\b(?:eval|exec|parse_expr|sympify)\(')
+_JUNK = 'nan', '?', ''  # no answer to anything
+_PROBED = 64  # questions that junk is tried on
+_GENEROUS = 'coin_flip',  # also gives its full score to '0' for 0.25
 
 
 def _create(dataset, options, size, seed):
@@ -48,12 +53,24 @@ def evaluates(data):
       inspect.getsource(sys.modules[own.__module__])))
 
 
+def rewards_junk(data, entries):
+  """Return text that earns a full score without answering, or None."""
+  for entry in entries[:_PROBED]:
+    for text in _JUNK:
+      with (contextlib.suppress(Exception),  # a scorer may raise anything
+            warnings.catch_warnings(action='ignore')):
+        if str(entry['answer']).strip() != text and (
+            data.score_answer(text, entry) >= 1.):
+          return text
+  return None
+
+
 def make(task_config: config_lib.Task, seed):
   """Return the `ReasoningGym` task of a `config.Task`.
 
   Raises:
     config.ConfigError: the package is missing, the data set or its options
-      are unknown, or its scorer evaluates answers.
+      are unknown, or its scorer evaluates answers or rewards junk.
   """
   try:
     options = json.loads(task_config.options)
@@ -71,7 +88,7 @@ def make(task_config: config_lib.Task, seed):
     raise config_lib.ConfigError(
         'task.name=reasoning_gym needs the package reasoning-gym; install it '
         f"with pip install -e '.[gym]' ({e})") from e
-  except (ValueError, TypeError, AssertionError, KeyError) as e:
+  except Exception as e:  # a data set can raise anything
     known = factory.DATASETS
     if task_config.dataset not in known:
       near = difflib.get_close_matches(task_config.dataset, known)
@@ -88,8 +105,15 @@ def make(task_config: config_lib.Task, seed):
     raise config_lib.ConfigError(
         f"reasoning_gym's scorer of {task_config.dataset!r} may run answers as "
         'Python, with the rights of this user; set task.allow_eval=true where '
-        'that can do no harm, such as in a container, or choose another '
-        'task.dataset')
+        'that can do no harm, such as in a container (experiments.diagnose: '
+        '--allow_eval), or choose another task.dataset')
+  junk = rewards_junk(data, entries)
+  if junk is not None or task_config.dataset in _GENEROUS:
+    what = "the beginning of an answer" if junk is None else repr(junk)
+    raise config_lib.ConfigError(
+        f"reasoning_gym's scorer of {task_config.dataset!r} gives its full "
+        f'score to {what}, so a model would learn to write that; choose '
+        'another task.dataset')
   return ReasoningGym(task_config, seed, entries, workers.Pool(
       scorer, args, task_config.timeout_s, task_config.processes,
       verifiers.MEMORY_MB, preload=['reasoning_gym']))
