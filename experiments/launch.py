@@ -18,7 +18,7 @@ from mtp_rl.run import endings
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 flags.register_validator(
-    'workdir', lambda value: value is not None or (
+    'workdir', lambda value: bool(value) or (
         'dry_run' in flags.FLAGS and flags.FLAGS['dry_run'].value),
     message='--workdir=DIR must be given')
 # What a machine, not a setting, refuses.
@@ -70,7 +70,9 @@ def define_config(required=True):
   """Define --config, whose fields flags can override, and return it."""
   flag = config_flags.DEFINE_config_file('config', None, 'Config file.')
   if required:
-    flags.mark_flag_as_required('config')
+    flags.register_validator('config', lambda value: value is not None,
+                             '--config=FILE must be given, and its get_config '
+                             'must return a config.Config')
   return flag
 
 
@@ -153,6 +155,18 @@ def _parse(argv):
     end(f'error: {e}', endings.SETTING)
   except (flags.Error, KeyError, OSError) as e:
     _fail(e)
+  except Exception as e:  # the code of a config file can raise anything
+    _fail_in_config(e)
+
+
+def _fail_in_config(error):
+  """Exit with the place and the words of an error of a config file."""
+  last = traceback.extract_tb(error.__traceback__)[-1]
+  file, line = ((error.filename, error.lineno)
+                if isinstance(error, SyntaxError)
+                else (last.filename, last.lineno))
+  end(f'error: --config cannot be read: {type(error).__name__} in {file}, line '
+      f'{line}: {error}', endings.SETTING)
 
 
 def _fail(error):
@@ -235,9 +249,16 @@ def run(action):
         lambda r: not (r.exc_info and 'orbax' in r.pathname))
     if 'config' in flags.FLAGS:
       try:  # a missing config file fails at the first read
-        _ = flags.FLAGS['config'].value and flags.FLAGS['config'].value.seed
+        config = flags.FLAGS['config'].value
       except OSError as e:
         _fail(e)
+      except config_lib.ConfigError as e:
+        end(f'error: {e}', endings.SETTING)
+      except Exception as e:
+        _fail_in_config(e)
+      if config is not None and not isinstance(config, config_lib.Config):
+        end('error: get_config of --config must return a config.Config of '
+            f'mtp_rl, not a {type(config).__name__}', endings.SETTING)
     with _one_sentence():
       _place_workdir()
       _join()

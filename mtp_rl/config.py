@@ -315,7 +315,8 @@ def preset(config: Config, names):
   """
   for name in filter(None, (names or '').split(',')):
     if name in _RL_PRESETS:
-      config.rl = dataclasses.replace(config.rl, **_RL_PRESETS[name])
+      for field, value in _RL_PRESETS[name].items():
+        setattr(config.rl, field, value)
     elif name == 'paper':
       config.mtp.psi_loss = 'theta'
       config.optim.clip_mode = 'joint'

@@ -125,6 +125,8 @@ def test_presets_combine_and_keep_other_fields():
   assert config.occ.lambda_max == math.inf
   with pytest.raises(config_lib.ConfigError, match='gapo'):
     config_lib.preset(config, 'gapo')
+  config.rl.stepz = 3  # not lost, so that a misspelt field is found
+  assert config_lib.preset(config, 'dapo').rl.stepz == 3
 
 
 def test_round_trip_and_differences():

@@ -55,6 +55,22 @@ def test_bad_input_is_one_sentence_within_seconds(module, flags, said,
   assert seconds < 60 and not list(tmp_path.glob('checkpoints'))
 
 
+@pytest.mark.parametrize('text, said', [
+    ('def get_config(:', 'SyntaxError in '),
+    ('import nothing_like_it', 'ModuleNotFoundError in '),
+    ('get = 1', "no attribute 'get_config'"),
+    ('def get_config():\n  pass', '--config=FILE must be given, and its'),
+    ('from ml_collections import ConfigDict as get_config',
+     'must return a config.Config of mtp_rl, not a ConfigDict')])
+def test_a_faulty_config_file_is_one_sentence(text, said, tmp_path):
+  (tmp_path / 'own.py').write_text(text + '\n')
+  done, _ = _run('train', f'--config={tmp_path}/own.py',
+                 f'--workdir={tmp_path}/run')
+  *before, last = done.stderr.strip().splitlines()
+  assert done.returncode == 2 and last.startswith('error: ') and said in last
+  assert 'Traceback' not in ' '.join(before)  # absl's own warning may be there
+
+
 def test_a_workdir_is_required():
   done, _ = _run('train', QUICK)
   assert done.returncode == 2 and 'workdir' in done.stderr

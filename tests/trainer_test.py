@@ -16,6 +16,7 @@ import pytest
 
 from mtp_rl import config as config_lib
 from mtp_rl import config_io, sharding, train_step, trainer, warmup
+from mtp_rl import types as examples
 from mtp_rl.run import checkpoint, inventory, metrics, owner
 from mtp_rl.run import workdir as workdir_lib
 from tests import conftest
@@ -267,6 +268,36 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(
   for name in ('metrics.jsonl', 'samples.jsonl'):
     assert _rows(copy, name) == _rows(workdir, name)
   _identical(_state(_config(), copy), _state(_config(), workdir))
+
+
+@pytest.mark.parametrize('fault, said', [
+    (dict(rewards=lambda *_: [None]), 'one finite number an answer'),
+    (dict(rewards=lambda *_: [float('nan')]), 'one finite number an answer'),
+    (dict(rewards=lambda *_: None), 'are None for one answer'),
+    (dict(rewards=lambda *_: ['yes']), 'fail on one answer .*ValueError'),
+    (dict(probe=lambda: [examples.Example('1', '1')]), 'no solution to imi'),
+    (dict(prompts=lambda *_: [examples.Example('2x=', '1')]), "know: 'x'")])
+def test_a_faulty_task_is_refused_before_the_warmup(fault, said, tmp_path,
+                                                    monkeypatch):
+  make = workdir_lib.tasks.make
+
+  def faulty(config):
+    task = make(config)
+    vars(task).update(fault)
+    return task
+
+  monkeypatch.setattr(workdir_lib.tasks, 'make', faulty)
+  _refused(conftest.tiny_config(), tmp_path, said)
+  owner.release()
+
+
+def test_a_warmup_of_another_task_is_refused(whole, tmp_path):
+  workdir, _ = whole
+  config = _config(warmup=dict(init=workdir),
+                   task=dict(name='subset_sum', min_terms=3),
+                   rollout=dict(max_prompt=40, max_response=40))
+  _refused(config, tmp_path, "does not know: '[|].*was trained on")
+  owner.release()
 
 
 def test_a_warmup_that_rl_no_longer_needs_is_not_read(tmp_path):

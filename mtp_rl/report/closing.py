@@ -28,7 +28,7 @@ def lines(rows, summary, workdir):
   for row in rows:
     last |= {k: v for k, v in row.items() if v is not None}
   failed = sum(r.get(f'reward/{n}') or 0 for r in rows
-               for n in ('errors', 'timeouts', 'crashes'))
+               for n in ('errors', 'timeouts', 'crashes', 'not_finite'))
   lam, floor = last.get('occ/lambda'), last.get('after_warmup/floor')
   warm = [] if floor is None else [
       f'loss of the main head at the end of the warm-up: '

@@ -12,6 +12,7 @@ import os
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from mtp_rl import config as config_lib
 from mtp_rl import (
@@ -102,7 +103,9 @@ def setup(config: config_lib.Config, workdir):
     _check_lengths(config, task)
     run = _run(config, workdir, task, mesh)
     published = _check_pretrained(run)
+    _check_texts(config, task)
     start(task)
+    _check_rewards(config, task)
   report = getattr(task, 'report', None)
   data = os.path.join(workdir, 'data.json')
   with distributed.together():
@@ -142,6 +145,7 @@ def reopen(config: config_lib.Config, workdir):
   task = distributed.in_turn(lambda: tasks.make(config))
   with distributed.together():
     task.tokenizer = load_tokenizer(workdir)
+    _check_texts(config, task)
   return _run(config, workdir, task, mesh)
 
 
@@ -160,7 +164,8 @@ def existing_checkpoints(run: Run, phase):
   where = run.path('checkpoints', phase)
   if not os.path.isdir(where):
     raise config_lib.ConfigError(f'{where} does not exist: this run has no '
-                                 f'{phase} checkpoint yet')
+                                 f'{phase} checkpoint yet; --phase names '
+                                 'the other phase')
   return where
 
 
@@ -246,7 +251,13 @@ def _check_rows(workdir):
 def _check_lengths(config: config_lib.Config, task):
   """Raise ConfigError if the longest texts of a task do not fit."""
   r = config.rollout
-  for example in task.probe():
+  probe = task.probe()
+  if (config.warmup.steps and config.warmup.data == 'solutions'
+      and not config.warmup.init and not any(e.solution for e in probe)):
+    raise config_lib.ConfigError(
+        f'task.name={config.task.name} gives no solution to imitate; set '
+        'warmup.steps=0')
+  for example in probe:
     prompts_lib.check_prompt(example.prompt,
                          len(task.tokenizer.encode(example.prompt)),
                          r.max_prompt)
@@ -254,6 +265,37 @@ def _check_lengths(config: config_lib.Config, task):
         and example.solution):
       prompts_lib.pad_supervised([example], task.tokenizer, r.max_prompt,
                              r.max_response)
+
+
+def _check_texts(config: config_lib.Config, task):
+  """Raise ConfigError if prompts have characters that nothing encodes."""
+  known = getattr(task.tokenizer, 'characters', None)
+  for example in task.prompts(0, 16) if known is not None else ():
+    if unknown := ''.join(sorted(set(example.prompt) - set(known))):
+      where = config.warmup.init
+      raise config_lib.ConfigError(
+          f'the prompt {example.prompt[:60]!r} of task.name={config.task.name} '
+          f'has characters that the tokenizer does not know: {unknown!r}; '
+          + (f'choose the task that warmup.init={where} was trained on'
+             if where else 'choose the task that the workdir was trained on, '
+             "or give a new task's tokenizer all its characters"))
+
+
+def _check_rewards(config: config_lib.Config, task):
+  """Raise ConfigError if a task does not give an answer one finite number."""
+  example, name = task.prompts(0, 1)[0], f'task.name={config.task.name}'
+  try:
+    given = task.rewards([example], [example.solution or example.answer])
+    found = np.asarray(given, np.float64)
+  except Exception as e:  # a user's code can raise anything
+    raise config_lib.ConfigError(
+        f'the rewards of {name} fail on one answer to its own problem '
+        f'{example.prompt[:60]!r} ({type(e).__name__}: {e}); correct the task'
+        ) from e
+  if found.shape != (1,) or not np.isfinite(found).all():
+    raise config_lib.ConfigError(
+        f'the rewards of {name} are {given!r} for one answer; return a list '
+        'of one finite number an answer')
 
 
 def _check_pretrained(run):

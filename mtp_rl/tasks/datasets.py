@@ -161,7 +161,8 @@ def load(name, data_dir, cache_dir=''):
               f'; known sets: {", ".join(SETS)}')
     raise config_lib.ConfigError(
         f'task.data_dir={data_dir!r} has no {name}.jsonl or {name}.parquet; '
-        f'put it there, rows with "problem" and "answer"{origin}')
+        'put it there, or set task.data_dir to where it is; its rows have '
+        f'"problem" and "answer"{origin}')
   with open(path, 'rb') as f:
     digest = hashlib.file_digest(f, 'sha256').hexdigest()
   cache = cache_dir or os.path.join(
