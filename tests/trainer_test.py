@@ -291,6 +291,14 @@ def test_a_faulty_task_is_refused_before_the_warmup(fault, said, tmp_path,
   owner.release()
 
 
+def test_a_coefficient_that_nothing_reads_is_said(tmp_path, capsys):
+  config = conftest.tiny_config(mtp=dict(regime='occ', coef=1.))
+  run = workdir_lib.setup(config, str(tmp_path))
+  run.task.close()
+  owner.release()
+  assert 'mtp.coef=1.0 has no effect' in capsys.readouterr().err
+
+
 def test_a_warmup_of_another_task_is_refused(whole, tmp_path):
   workdir, _ = whole
   config = _config(warmup=dict(init=workdir),

@@ -83,6 +83,11 @@ def setup(config: config_lib.Config, workdir):
     config.ConfigError: one sentence on what is wrong and how to fix it.
   """
   validate.validate(config)
+  if (config.mtp.regime.startswith('occ')
+      and config.mtp.coef != config_lib.MTP().coef):
+    metrics.note(f'mtp.coef={config.mtp.coef} has no effect, since mtp.regime='
+                 f'{config.mtp.regime} computes lambda; mtp.regime=fixed holds '
+                 'it fixed')
   distributed.be_patient(60 * config.run.hang_minutes)
   mesh = sharding.make_mesh(config.mesh)
   path = os.path.join(workdir, 'config.json')
