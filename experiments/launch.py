@@ -250,6 +250,7 @@ def run(action):
     if 'config' in flags.FLAGS:
       try:  # a missing config file fails at the first read
         config = flags.FLAGS['config'].value
+        getattr(config, 'seed', None)
       except OSError as e:
         _fail(e)
       except config_lib.ConfigError as e:

@@ -11,6 +11,7 @@ from mtp_rl import config as config_lib
 from mtp_rl import trainer
 from mtp_rl.evaluation import held_out, scoring
 from mtp_rl.run import metrics
+from mtp_rl.run import workdir as workdir_lib
 from tests import conftest
 
 MATH = ('task.name=math', 'task.template=plain', 'task.train=mine',
@@ -70,14 +71,17 @@ def test_samples_of_another_evaluation_are_not_mixed_in(workdir):
     _score(workdir)
 
 
-def test_math_sets_end_with_a_table(workdir, tmp_path):
+def test_math_sets_end_with_a_table(workdir, tmp_path, monkeypatch):
   for name in ('mine', 'a', 'b'):
     (tmp_path / f'{name}.jsonl').write_text(''.join(
         json.dumps({'problem': f'{name} {i}', 'answer': r'\frac{1}{2}'}) + '\n'
         for i in range(5)))
-  values, path = _score(workdir, (
-      *MATH, 'task.evals=a,b', f'task.data_dir={tmp_path}',
-      f'task.cache_dir={tmp_path}'))
+  settings = (*MATH, 'task.evals=a,b', f'task.data_dir={tmp_path}',
+              f'task.cache_dir={tmp_path}')
+  with pytest.raises(config_lib.ConfigError, match='does not know: .*abdef'):
+    _score(workdir, settings)  # the model reads digits alone
+  monkeypatch.setattr(workdir_lib, '_check_texts', lambda *_: None)
+  values, path = _score(workdir, settings)
   lines = scoring.table(values).split('\n')
   assert lines[0] == '| set (%) | greedy | avg@2 | pass@1 | pass@2 | maj@2 |'
   assert [line.split()[1] for line in lines[2:]] == ['a', 'b', 'mean']
