@@ -161,7 +161,8 @@ def _parse(argv):
 
 def _fail_in_config(error):
   """Exit with the place and the words of an error of a config file."""
-  last = traceback.extract_tb(error.__traceback__)[-1]
+  last = [frame for frame in traceback.extract_tb(error.__traceback__)
+          if not frame.filename.startswith('<')][-1]
   file, line = ((error.filename, error.lineno)
                 if isinstance(error, SyntaxError)
                 else (last.filename, last.lineno))
@@ -248,9 +249,9 @@ def run(action):
     logging.get_absl_handler().addFilter(
         lambda r: not (r.exc_info and 'orbax' in r.pathname))
     if 'config' in flags.FLAGS:
-      try:  # a missing config file fails at the first read
+      try:  # a missing config file fails here
         config = flags.FLAGS['config'].value
-        getattr(config, 'seed', None)
+        getattr(config, 'seed', None)  # the first read
       except OSError as e:
         _fail(e)
       except config_lib.ConfigError as e:

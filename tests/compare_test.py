@@ -275,6 +275,15 @@ def test_what_cannot_be_compared_is_named(text, overridden, said):
   assert '\n' not in str(error.value)
 
 
+def test_runs_may_run_answers_only_where_the_command_says_so(tmp_path):
+  for allowed in (False, True):
+    base = conftest.tiny_config(task=dict(allow_eval=allowed))
+    made = study.plan(study.Study(base, grid.check(
+        base, grid.free_variants(base, 'a:')), [3], str(tmp_path)))
+    for job in made:
+      assert ('--config.task.allow_eval=true' in job.command) == allowed
+
+
 def test_a_variant_that_changes_the_warm_up_has_its_own(tmp_path):
   base = conftest.tiny_config(warmup=dict(steps=2))
   def plan(text):

@@ -96,7 +96,7 @@ def collect(run: workdir_lib.Run, config: config_lib.Config, steps, rollouts,
     progress: whether to show a bar.
   """
   with jax.set_mesh(run.mesh), contextlib.closing(run.task):
-    workdir_lib.start(run.task)
+    workdir_lib.start(run.config, run.task)
     functions = trainer.prepare(run)
     abstract = functions.steps.abstract
     reference = _reference(run)

@@ -152,7 +152,7 @@ def score_checkpoint(workdir, phase, step, samples, settings=()):
   where = workdir_lib.existing_checkpoints(run, phase)
   with jax.set_mesh(run.mesh), contextlib.closing(run.task):
     saved = checkpoint.Checkpoints(where, config.run.keep)
-    workdir_lib.start(run.task)
+    workdir_lib.start(run.config, run.task)
     functions = trainer.prepare(run)
     step = saved.latest() if step is None else step
     params = saved.restore(functions.steps.abstract, step, params_only=True)

@@ -108,8 +108,7 @@ def setup(config: config_lib.Config, workdir):
     _check_lengths(config, task)
     run = _run(config, workdir, task, mesh)
     published = _check_pretrained(run)
-    _check_texts(config, task)
-    start(task)
+    start(config, task)
     _check_rewards(config, task)
   report = getattr(task, 'report', None)
   data = os.path.join(workdir, 'data.json')
@@ -150,12 +149,17 @@ def reopen(config: config_lib.Config, workdir):
   task = distributed.in_turn(lambda: tasks.make(config))
   with distributed.together():
     task.tokenizer = load_tokenizer(workdir)
-    _check_texts(config, task)
   return _run(config, workdir, task, mesh)
 
 
-def start(task):
-  """Start a task's verifier processes, if any; raises config.ConfigError."""
+def start(config: config_lib.Config, task):
+  """Start what verifies a task's answers, before any is sampled.
+
+  Raises:
+    config.ConfigError: the processes do not start, or the tokenizer does not
+      know the prompts.
+  """
+  _check_texts(config, task)
   if hasattr(task, 'start'):
     task.start()
 
